@@ -1,0 +1,164 @@
+"""Layers and blocks of Config C (EDM2 Fig. 17): the EDM block without biases, with one initialization for all
+weights, group norm without mean subtraction, and cosine attention.
+
+Activations are (B,C,H,W), embeddings (B,C). Meant to be read with `diff blockC.py blockE.py` and `diff blockE.py
+blockG.py`: every hunk is one change of the paper.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Scale to unit mean square over the dimensions `dim`: the core of every norm below (Eq. 29).
+
+def normalize(x, dim, eps=1e-4):
+    """Return x / (rms(x) + eps), rms over the dimensions `dim` in fp32; shape and dtype of x are kept."""
+    norm = torch.linalg.vector_norm(x, dim=dim, keepdim=True, dtype=torch.float32)
+    rms = norm * math.sqrt(norm.numel() / x.numel())
+    return (x.float() / (rms + eps)).to(x.dtype)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Learned layers, without biases.
+
+def he_uniform(*shape):
+    """Weights (out,in,...) ~ U(-1,1)·√(3/fan_in), the same for every layer, none from zeros (Config C)."""
+    return (2 * torch.rand(shape) - 1) * math.sqrt(3 / math.prod(shape[1:]))
+
+
+class Linear(nn.Module):
+    """Linear layer, (B,in) to (B,out)."""
+
+    def __init__(self, in_channels, out_channels):
+        super().__init__()
+        self.weight = nn.Parameter(he_uniform(out_channels, in_channels))
+
+    def forward(self, x):
+        return F.linear(x, self.weight)
+
+
+class Conv2d(nn.Module):
+    """Convolution with an odd kernel that keeps the resolution, (B,in,H,W) to (B,out,H,W)."""
+
+    def __init__(self, in_channels, out_channels, kernel_size):
+        super().__init__()
+        self.weight = nn.Parameter(he_uniform(out_channels, in_channels, kernel_size, kernel_size))
+
+    def forward(self, x):
+        return F.conv2d(x, self.weight, padding=self.weight.shape[-1] // 2)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Fixed functions.
+
+class GroupNorm(nn.Module):
+    """Group norm without mean subtraction, learned scale or bias (Eq. 29).
+
+    `groups` is a maximum: a group has at least 4 channels (EDM's rule).
+    Raises ValueError where the groups do not divide the channels.
+    """
+
+    def __init__(self, channels, groups=32):
+        super().__init__()
+        self.groups = min(groups, channels // 4)
+        if self.groups == 0 or channels % self.groups:
+            raise ValueError(f"{channels} channels cannot be divided into {max(self.groups, 1)} groups of 4 or more "
+                             f"by group norm: choose n_channels and ch_mults with widths that are multiples of 32")
+
+    def forward(self, x):
+        return normalize(x.unflatten(1, (self.groups, -1)), dim=(2, 3, 4)).flatten(1, 2)
+
+
+class Fourier(nn.Module):
+    """Random Fourier features of a scalar, (B,) to (B,channels) in fp32: cos(2π(f·c + φ)), f ~ N(0,1), φ ~ U(0,1)."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.register_buffer("freqs", torch.randn(channels))
+        self.register_buffer("phases", torch.rand(channels))
+
+    def forward(self, c):
+        return torch.cos(2 * math.pi * (c.float()[:, None] * self.freqs + self.phases))
+
+
+def resample(x, mode):
+    """(B,C,H,W) to half the resolution ("down": 2x2 average), to twice ("up": nearest), or as it is (None)."""
+    if mode == "down":
+        return F.avg_pool2d(x, 2)
+    if mode == "up":
+        return F.interpolate(x, scale_factor=2, mode="nearest")
+    return x
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Self-attention over the pixels, with unit-magnitude queries, keys and values (cosine attention, Eq. 30-34).
+
+class Attention(nn.Module):
+    """Multi-head self-attention joined to its input, (B,C,H,W) to the same.
+
+    channels_per_head None means one head as wide as the input.
+    Raises ValueError where the heads do not divide the channels.
+    """
+
+    def __init__(self, channels, channels_per_head=None):
+        super().__init__()
+        self.channels_per_head = channels_per_head or channels
+        if channels % self.channels_per_head:
+            raise ValueError(f"attn_channels_per_head {channels_per_head} does not divide the {channels} channels "
+                             f"of a level with attention")
+        self.qkv = Conv2d(channels, 3 * channels, 1)
+        self.proj = Conv2d(channels, channels, 1)
+
+    def forward(self, x):
+        B, C, H, W = x.shape
+        qkv = self.qkv(x).permute(0, 2, 3, 1).reshape(B, H * W, 3, -1, self.channels_per_head)
+        q, k, v = normalize(qkv, dim=-1).permute(2, 0, 3, 1, 4)             # each (B, heads, H·W, channels per head)
+        y = F.scaled_dot_product_attention(q, k, v)                         # softmax(q·k/√channels_per_head)·v
+        y = y.transpose(1, 2).reshape(B, H, W, C).permute(0, 3, 1, 2)
+        return x + self.proj(y)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# U-Net block (Fig. 17): encoder and decoder blocks are the same thing.
+
+class Block(nn.Module):
+    """Residual block, (B,in,H,W) and embedding (B,emb) to (B,out,H',W') with H', W' as resample_mode says."""
+
+    def __init__(self,
+        in_channels,                # Channels of the input.
+        out_channels,               # Channels of the output.
+        emb_channels,               # Width of the noise embedding.
+        dropout = 0.0,              # Dropout probability before the last convolution.
+        resample_mode = None,       # None, "down" or "up".
+        attention = False,          # Self-attention after the residual sum?
+        channels_per_head = None,   # Width of an attention head; None: one head.
+    ):
+        super().__init__()
+        self.dropout = dropout
+        self.resample_mode = resample_mode
+        self.norm0 = GroupNorm(in_channels)
+        self.conv0 = Conv2d(in_channels, out_channels, 3)
+        self.emb = Linear(emb_channels, out_channels)
+        self.norm1 = GroupNorm(out_channels)
+        self.conv1 = Conv2d(out_channels, out_channels, 3)
+        self.skip = Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
+        self.attention = Attention(out_channels, channels_per_head) if attention else None
+
+    def forward(self, x, emb):
+        # Residual branch.
+        y = self.conv0(resample(F.silu(self.norm0(x)), self.resample_mode))
+        y = self.norm1(y) * (1 + self.emb(emb))[:, :, None, None]
+        y = self.conv1(F.dropout(F.silu(y), self.dropout, self.training))
+        # Main branch.
+        x = resample(x, self.resample_mode)
+        if self.skip is not None:
+            x = self.skip(x)
+        # Join.
+        x = x + y
+        if self.attention is not None:
+            x = self.attention(x)
+        return x

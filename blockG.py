@@ -1,0 +1,177 @@
+"""Layers and blocks of Config G (EDM2 Fig. 21): Config E without group norms (Config F, B.6) and with
+magnitude-preserving fixed functions (Config G, Eq. 68-104).
+
+Activations are (B,C,H,W), embeddings (B,C). Meant to be read with `diff blockC.py blockE.py` and `diff blockE.py
+blockG.py`: every hunk is one change of the paper.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Scale to unit mean square over the dimensions `dim`: the core of every norm below (Eq. 29) and of the weights (Eq. 47).
+
+def normalize(x, dim, eps=1e-4):
+    """Return x / (rms(x) + eps), rms over the dimensions `dim` in fp32; shape and dtype of x are kept."""
+    norm = torch.linalg.vector_norm(x, dim=dim, keepdim=True, dtype=torch.float32)
+    rms = norm * math.sqrt(norm.numel() / x.numel())
+    return (x.float() / (rms + eps)).to(x.dtype)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Learned layers, without biases.
+
+def magnitude_preserving(weight, training):
+    """Return normalize(weight)/√fan_in of a weight (out,in,...), per output and in fp32 (Config D, Eq. 47).
+
+    In training the stored weight is itself replaced by its normalized self (Config E, forced weight normalization,
+    Eq. 60-67 and Alg. 1): so the gradient is orthogonal to it and the learning rate alone sets its speed of rotation.
+    """
+    dim = tuple(range(1, weight.ndim))
+    if training:
+        with torch.no_grad():
+            weight.copy_(normalize(weight, dim))
+    return normalize(weight, dim) / math.sqrt(weight[0].numel())
+
+
+class Linear(nn.Module):
+    """Magnitude-preserving linear layer (Eq. 47), (B,in) to (B,out)."""
+
+    def __init__(self, in_channels, out_channels):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(out_channels, in_channels))
+
+    def forward(self, x):
+        return F.linear(x, magnitude_preserving(self.weight, self.training))
+
+
+class Conv2d(nn.Module):
+    """Magnitude-preserving convolution (Eq. 47) with an odd kernel, (B,in,H,W) to (B,out,H,W)."""
+
+    def __init__(self, in_channels, out_channels, kernel_size):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(out_channels, in_channels, kernel_size, kernel_size))
+
+    def forward(self, x):
+        return F.conv2d(x, magnitude_preserving(self.weight, self.training), padding=self.weight.shape[-1] // 2)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Fixed functions.
+
+def mp_silu(x):
+    """Magnitude-preserving SiLU (Eq. 81): silu(x)/0.596, so that x ~ N(0,1) gives unit mean square."""
+    return F.silu(x) / 0.596
+
+
+def mp_sum(a, b, t=0.3):
+    """Magnitude-preserving sum of the main path a and the branch b: ((1-t)·a + t·b)/√((1-t)² + t²) (Eq. 88)."""
+    return torch.lerp(a, b, t) / math.sqrt((1 - t) ** 2 + t ** 2)
+
+
+def mp_cat(a, b, t=0.5):
+    """Magnitude-preserving concatenation of a and b along the channels, b contributing with weight t (Eq. 103)."""
+    Na, Nb = a.shape[1], b.shape[1]
+    scale = math.sqrt((Na + Nb) / ((1 - t) ** 2 + t ** 2))
+    return torch.cat([a * (scale * (1 - t) / math.sqrt(Na)), b * (scale * t / math.sqrt(Nb))], dim=1)
+
+
+class Fourier(nn.Module):
+    """Random Fourier features of a scalar, (B,) to (B,channels) in fp32: √2·cos(2π(f·c + φ)) (Eq. 75)."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.register_buffer("freqs", torch.randn(channels))
+        self.register_buffer("phases", torch.rand(channels))
+
+    def forward(self, c):
+        return math.sqrt(2) * torch.cos(2 * math.pi * (c.float()[:, None] * self.freqs + self.phases))
+
+
+def resample(x, mode):
+    """(B,C,H,W) to half the resolution ("down": 2x2 average), to twice ("up": nearest), or as it is (None)."""
+    if mode == "down":
+        return F.avg_pool2d(x, 2)
+    if mode == "up":
+        return F.interpolate(x, scale_factor=2, mode="nearest")
+    return x
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Self-attention over the pixels, with unit-magnitude queries, keys and values (cosine attention, Eq. 30-34).
+
+class Attention(nn.Module):
+    """Multi-head self-attention joined to its input, (B,C,H,W) to the same.
+
+    channels_per_head None means one head as wide as the input.
+    Raises ValueError where the heads do not divide the channels.
+    """
+
+    def __init__(self, channels, channels_per_head=None):
+        super().__init__()
+        self.channels_per_head = channels_per_head or channels
+        if channels % self.channels_per_head:
+            raise ValueError(f"attn_channels_per_head {channels_per_head} does not divide the {channels} channels "
+                             f"of a level with attention")
+        self.qkv = Conv2d(channels, 3 * channels, 1)
+        self.proj = Conv2d(channels, channels, 1)
+
+    def forward(self, x):
+        B, C, H, W = x.shape
+        qkv = self.qkv(x).permute(0, 2, 3, 1).reshape(B, H * W, 3, -1, self.channels_per_head)
+        q, k, v = normalize(qkv, dim=-1).permute(2, 0, 3, 1, 4)             # each (B, heads, H·W, channels per head)
+        y = F.scaled_dot_product_attention(q, k, v)                         # softmax(q·k/√channels_per_head)·v
+        y = y.transpose(1, 2).reshape(B, H, W, C).permute(0, 3, 1, 2)
+        return mp_sum(x, self.proj(y))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# U-Net block (Fig. 21): encoder blocks begin with a pixel norm of the main path, decoder blocks do not (Config F, B.6).
+
+class Block(nn.Module):
+    """Residual block, (B,in,H,W) and embedding (B,emb) to (B,out,H',W') with H', W' as resample_mode says."""
+
+    def __init__(self,
+        in_channels,                # Channels of the input.
+        out_channels,               # Channels of the output.
+        emb_channels,               # Width of the noise embedding.
+        dropout = 0.0,              # Dropout probability before the last convolution.
+        resample_mode = None,       # None, "down" or "up".
+        attention = False,          # Self-attention after the residual sum?
+        channels_per_head = None,   # Width of an attention head; None: one head.
+        decoder = False,            # Decoder kind: no pixel norm, residual branch on the unprojected input.
+    ):
+        super().__init__()
+        self.dropout = dropout
+        self.resample_mode = resample_mode
+        self.decoder = decoder
+        self.conv0 = Conv2d(in_channels if decoder else out_channels, out_channels, 3)
+        self.emb = Linear(emb_channels, out_channels)
+        self.gain = nn.Parameter(torch.zeros([]))       # Of the conditioning: starts at 0 (Config G)
+        self.conv1 = Conv2d(out_channels, out_channels, 3)
+        self.skip = Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
+        self.attention = Attention(out_channels, channels_per_head) if attention else None
+
+    def forward(self, x, emb):
+        # Main branch of the encoder: pixel norm (Config F, Eq. 30).
+        x = resample(x, self.resample_mode)
+        if not self.decoder:
+            if self.skip is not None:
+                x = self.skip(x)
+            x = normalize(x, dim=1)
+        # Residual branch.
+        y = self.conv0(mp_silu(x))
+        y = y * (1 + self.gain * self.emb(emb))[:, :, None, None]
+        y = self.conv1(F.dropout(mp_silu(y), self.dropout, self.training))
+        # Main branch of the decoder.
+        if self.decoder and self.skip is not None:
+            x = self.skip(x)
+        # Join.
+        x = mp_sum(x, y)
+        if self.attention is not None:
+            x = self.attention(x)
+        return x.clamp(-256, 256)                   # Keeps float16 in range

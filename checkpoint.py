@@ -1,0 +1,78 @@
+"""Checkpoints save_dir/ckpts/model_{epoch}.pth: plain tensors and plain values, written whole or not at all."""
+
+import pickle
+import re
+from pathlib import Path
+
+import torch
+
+from runtime import UserError, atomic, make_folder
+
+
+def path_of(config, epoch):
+    """The file that epoch `epoch` leaves behind."""
+    return Path(config["save_dir"]) / "ckpts" / f"model_{epoch}.pth"
+
+
+def epochs(config):
+    """The epochs whose checkpoints exist, in rising order."""
+    names = (re.fullmatch(r"model_(\d+)\.pth", p.name) for p in path_of(config, 0).parent.glob("model_*.pth"))
+    return sorted(int(match[1]) for match in names if match)
+
+
+def find(config, epoch=None):
+    """The epoch of the checkpoint meant by `epoch`: None the newest, n_epoch the last one of a whole run.
+
+    Raises UserError with the list of existing ones where there is none.
+    """
+    existing = epochs(config)
+    folder = path_of(config, 0).parent
+    if not existing:
+        raise UserError(f"no checkpoints in {folder}: train first")
+    if epoch is None:
+        return existing[-1]
+    if epoch not in existing and epoch == config["n_epoch"]:
+        epoch -= 1
+    if epoch not in existing:
+        raise UserError(f"no checkpoint of epoch {epoch} in {folder}; there are {', '.join(map(str, existing))}")
+    return epoch
+
+
+def save(config, epoch, state):
+    """Write a checkpoint. Raises UserError where writing fails; an older file of that name is then still whole."""
+    path = path_of(config, epoch)
+    make_folder(path.parent)
+    with atomic(path) as temporary:
+        torch.save(state, temporary)
+
+
+def load(config, epoch):
+    """Read a checkpoint to the CPU. Runs no code from the file. Raises UserError naming a file that is damaged."""
+    path = path_of(config, epoch)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as e:
+        raise UserError(f"cannot read the checkpoint {path}: {str(e).splitlines()[0]}") from None
+    if not isinstance(state, dict) or not {"network", "ema", "step", "epoch", "config"} <= state.keys():
+        raise UserError(f"{path} is not a checkpoint of this project")
+    return state
+
+
+def restore(module, state_dict, what):
+    """Load a state dict into a module. Raises UserError naming the first tensor that does not fit."""
+    own = module.state_dict()
+    for name in [*own, *state_dict]:
+        if name not in state_dict or name not in own or own[name].shape != state_dict[name].shape:
+            raise UserError(f"{what}: the checkpoint is of another network; they differ in {name}")
+    module.load_state_dict(state_dict)
+
+
+def check_same_run(config, saved):
+    """Raise UserError listing the keys that shape the result and differ between a config and a checkpoint's."""
+    free = {"n_epoch", "load_epoch", "data_root", "classes", "save_dir", "save_model", "save_every", "log_every",
+            "n_sample", "linear"}
+    differences = [f"{key} {saved.get(key)!r} there, {config[key]!r} here"
+                   for key in config if key not in free and config[key] != saved.get(key)]
+    if differences:
+        raise UserError(f"{config['save_dir']} holds a run of another config ({'; '.join(differences)}): "
+                        f"choose another save_dir")

@@ -1,0 +1,166 @@
+"""Sample images from a checkpoint with the 18-step Heun sampler.
+
+One process:          python sample.py --config config/cifar10/C.yaml --use_amp
+One machine, 4 GPUs:  torchrun --nproc_per_node=4 sample.py --config config/cifar10/C.yaml --use_amp --epoch 1000
+Two machines, each:   torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 \\
+                          sample.py --config config/cifar10/C.yaml --use_amp --epoch 1000
+Images go to save_dir/samples/<epoch>/images/000000.png ..., beside grid.png. Image i is the same whatever the
+processes and batches. Started again, it makes only the images that are missing.
+"""
+
+import hashlib
+import json
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+import checkpoint
+import data
+import edm
+import runtime
+from runtime import UserError
+
+GRID = 64       # Images in grid.png, at most.
+
+
+def main():
+    """Parse the command line, load the network, write the images that are missing."""
+    args = parse_arguments()
+    config = runtime.load_config(args.config, args.set)
+    rt = runtime.start()
+    epoch = checkpoint.find(config, args.epoch)
+    settings = describe(config, args, epoch)
+    folder = Path(args.out or Path(config["save_dir"]) / "samples" / folder_name(epoch, args))
+    missing = prepare(folder, settings, args.n_samples, rt)
+    rt.print(f"{args.weights} weights of epoch {epoch}, seed {args.seed}: {len(missing):,} of {args.n_samples:,} images "
+             f"to make in {folder} ({rt.world_size} process{'es' * (rt.world_size > 1)} on "
+             f"{runtime.device_name(rt.device)})")
+    if missing:
+        denoiser = load_denoiser(config, args, epoch, rt)
+        write_images(denoiser, missing[rt.rank::rt.world_size], folder, config, args, rt)
+    rt.barrier()
+    if rt.is_main:
+        finish(folder, args)
+
+
+def parse_arguments():
+    """The command line."""
+    p = runtime.parser(__doc__)
+    p.add_argument("--epoch", type=runtime.argument(runtime.integer(0)), help="checkpoint (default: the newest)")
+    p.add_argument("--n_samples", type=runtime.argument(runtime.integer(1)), default=50000, help="number of images (default: 50000)")
+    p.add_argument("--seed", type=runtime.argument(runtime.integer(0)), default=0, help="image i is a function of (seed, i)")
+    p.add_argument("--weights", choices=["ema", "model"], default="ema", help="averaged (default) or raw weights")
+    p.add_argument("--steps", type=runtime.argument(runtime.integer(1)), default=18, help="sampler steps (default: 18, NFE 35)")
+    p.add_argument("--eta", type=runtime.argument(runtime.number(0, 1)), default=0.0, help="churn from 0 (deterministic) to 1")
+    p.add_argument("--clip_denoised", action="store_true", help="clip D to [-1,1]")
+    p.add_argument("--npz", action="store_true", help="also write samples.npz: arr_0, (N,H,W,C) uint8")
+    p.add_argument("--out", metavar="DIR", help="folder (default: save_dir/samples/<epoch>...)")
+    return p.parse_args()
+
+
+def folder_name(epoch, args):
+    """The epoch, and what is not as usual."""
+    return (f"{epoch}" + "_model" * (args.weights == "model") + f"_seed{args.seed}" * (args.seed > 0)
+            + f"_steps{args.steps}" * (args.steps != 18) + f"_eta{args.eta:g}" * (args.eta > 0)
+            + "_clip" * args.clip_denoised)
+
+
+def describe(config, args, epoch):
+    """All that decides what the images look like."""
+    with open(checkpoint.path_of(config, epoch), "rb") as f:
+        sha256 = hashlib.file_digest(f, "sha256").hexdigest()
+    return {"checkpoint_sha256": sha256, "epoch": epoch, "weights": args.weights, "seed": args.seed,
+            "steps": args.steps, "eta": args.eta, "clip_denoised": args.clip_denoised,
+            "precision": args.amp_dtype if args.use_amp else "float32",
+            "diffusion": config["diffusion"], "network": config["network"]}
+
+
+def prepare(folder, settings, n_samples, rt):
+    """Make the folder, or check that what it holds was made with the same settings. Return the missing images' numbers.
+
+    Raises UserError for a folder made with other settings.
+    """
+    note = folder / "settings.json"
+    runtime.check_writable(folder)
+    if rt.is_main:
+        runtime.make_folder(folder / "images")
+        if note.exists():
+            made = json.loads(note.read_text())
+            differences = [f"{key} {made.get(key)!r} there, {value!r} here"
+                           for key, value in settings.items() if made.get(key) != value]
+            if differences:
+                raise UserError(f"{folder} holds images made with other settings ({'; '.join(differences)}): "
+                                f"choose another folder with --out, or remove it")
+        elif any((folder / "images").iterdir()):
+            raise UserError(f"{folder}/images holds files, but no settings.json says how they were made: "
+                            f"choose another folder with --out")
+        else:
+            with runtime.atomic(note) as temporary:
+                temporary.write_text(json.dumps(settings, indent=1) + "\n")
+    rt.barrier()
+    missing = [i for i in range(n_samples) if not png(folder, i).exists()]
+    rt.barrier()        # No process writes before all have looked.
+    return missing
+
+
+def png(folder, i):
+    """The file of image i."""
+    return folder / "images" / f"{i:06d}.png"
+
+
+def load_denoiser(config, args, epoch, rt):
+    """The EDM with the weights of a checkpoint. Raises UserError where it is damaged or of another network."""
+    state = checkpoint.load(config, epoch)
+    denoiser = edm.build(config, runtime.amp_dtype(args))
+    checkpoint.restore(denoiser.net, state["ema" if args.weights == "ema" else "network"],
+                       str(checkpoint.path_of(config, epoch)))
+    denoiser.to(rt.device).eval()
+    if args.channels_last:
+        denoiser.to(memory_format=torch.channels_last)
+    if args.compile if args.compile is not None else rt.device.type == "cuda":
+        denoiser.net.compile()
+    return denoiser
+
+
+def write_images(denoiser, missing, folder, config, args, rt):
+    """Sample this process's images in batches; threads write the PNGs while the next batch is computed."""
+    shape = config["network"]["image_shape"]
+    size = args.batch_gpu or (512 if rt.device.type == "cuda" else 64)
+    with (ThreadPoolExecutor(4) as pool,
+          tqdm(total=len(missing), unit="img", disable=not rt.is_main,
+               mininterval=0.5 if sys.stderr.isatty() else 30) as bar):
+        writing = []
+        for start in range(0, len(missing), size):
+            part = missing[start:start + size]
+            images = edm.generate(denoiser, part, shape, rt.device, args.seed, args.steps, args.eta,
+                                  args.clip_denoised).cpu()
+            for future in writing:
+                future.result()
+            writing = [pool.submit(data.save_png, image, png(folder, i)) for i, image in zip(part, images, strict=True)]
+            bar.update(len(part))
+        for future in writing:
+            future.result()
+
+
+def finish(folder, args):
+    """Write grid.png and, where asked for, samples.npz from the PNGs, and say where everything is."""
+    def read(i):
+        pixels = np.asarray(Image.open(png(folder, i)))
+        return pixels[..., None] if pixels.ndim == 2 else pixels
+
+    first = torch.from_numpy(np.stack([read(i) for i in range(min(args.n_samples, GRID))])).permute(0, 3, 1, 2)
+    data.save_png(data.grid(first, 8), folder / "grid.png")
+    if args.npz:
+        with runtime.atomic(folder / "samples.npz") as temporary, open(temporary, "wb") as f:
+            np.savez(f, np.stack([read(i) for i in range(args.n_samples)]))
+    print(f"images: {folder / 'images'}  grid: {folder / 'grid.png'}"
+          + f"  npz: {folder / 'samples.npz'}" * args.npz)
+
+
+if __name__ == "__main__":
+    runtime.command(main)()

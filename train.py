@@ -1,0 +1,311 @@
+"""Train a diffusion model as a config says.
+
+One process:          python train.py --config config/cifar10/C.yaml --use_amp
+One machine, 4 GPUs:  torchrun --nproc_per_node=4 train.py --config config/cifar10/C.yaml --use_amp
+Two machines, each:   torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 \\
+                          train.py --config config/cifar10/C.yaml --use_amp
+Only show what it would do: add --dry_run. Started again, it goes on from the newest checkpoint in save_dir.
+"""
+
+import contextlib
+import math
+import sys
+import time
+
+import torch
+import yaml
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import checkpoint
+import data
+import edm
+import runtime
+from runtime import UserError
+
+MAX_BAD_STEPS = 20      # Steps in a row with NaN or Inf gradients after which training stops.
+
+
+def main():
+    """Parse the command line, set up, train."""
+    args = parse_arguments()
+    config = runtime.load_config(args.config, args.set)
+    rt = runtime.start()
+    check_batch(config, rt)
+    describe(config, args, rt)
+    runtime.check_writable(config["save_dir"])
+    start_epoch = epoch_to_load(config)
+    if args.dry_run:
+        return
+    with rt.local_main_first():
+        images, _ = data.load(config)
+    if config["batch_size"] > len(images):
+        raise UserError(f"batch_size {config['batch_size']} is more than the {len(images)} training images")
+    training = Training(config, args, rt, data.to_device(images, rt.device))
+    if start_epoch is not None:
+        training.restore(checkpoint.load(config, start_epoch))
+    train(training)
+
+
+def parse_arguments():
+    """The command line."""
+    p = runtime.parser(__doc__)
+    p.add_argument("--dry_run", action="store_true", help="print what would be trained and stop")
+    p.add_argument("--max_steps", type=runtime.argument(runtime.integer(1)), metavar="N",
+                   help="stop after step N, without a checkpoint: for a quick look at speed and memory")
+    return p.parse_args()
+
+
+def check_batch(config, rt):
+    """Raise UserError where the total batch cannot be shared equally."""
+    if config["batch_size"] % rt.world_size:
+        raise UserError(f"batch_size {config['batch_size']} is not divisible by the {rt.world_size} processes")
+
+
+def describe(config, args, rt):
+    """Print the configuration, the network's size and cost, the processes and the precision."""
+    n_parameters, gflop = edm.cost(config)
+    rt.print(yaml.safe_dump(config, sort_keys=False, default_flow_style=None).rstrip())
+    rt.print(f"--- {config['net_type']}: {n_parameters:,} parameters, {gflop:.1f} GFLOP per training image; "
+             f"{rt.world_size} process{'es' * (rt.world_size > 1)} on {runtime.device_name(rt.device)}; "
+             f"{args.amp_dtype + ' mixed precision' if args.use_amp else 'float32'}")
+
+
+def epoch_to_load(config):
+    """The epoch of the checkpoint to go on from, None for a new run: load_epoch, or else the newest there is."""
+    if config["load_epoch"] >= 0:
+        return checkpoint.find(config, config["load_epoch"])
+    return max(checkpoint.epochs(config), default=None)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What training changes, and one step of it.
+
+class Training:
+    """Network, EMA, optimizer and scaler of a run, and the step that changes them.
+
+    Data order, noise levels, noise and flips are functions of (seed, step, image), not of the process count.
+    """
+
+    def __init__(self, config, args, rt, images):
+        self.config, self.rt, self.images = config, rt, images
+        self.steps_per_epoch = len(images) // config["batch_size"]      # An incomplete last batch is dropped.
+        self.batch_process = config["batch_size"] // rt.world_size
+        self.batch_gpu = min(args.batch_gpu or self.batch_process, self.batch_process)
+        self.total_steps = config["n_epoch"] * self.steps_per_epoch
+        self.max_steps = args.max_steps
+        self.step = 0                                                   # Steps done.
+        self.bad_steps = torch.zeros([], dtype=torch.int64, device=rt.device)   # In a row, with NaN or Inf gradients.
+        self.loss_sum = torch.zeros(2, device=rt.device)                # Weighted and unweighted, of this process.
+        self.generator = torch.Generator(rt.device)
+
+        # Network.
+        amp_dtype = runtime.amp_dtype(args)
+        torch.manual_seed(config["seed"])
+        self.edm = edm.build(config, amp_dtype).to(rt.device)
+        if args.channels_last:
+            self.edm.to(memory_format=torch.channels_last)
+        if args.compile if args.compile is not None else rt.device.type == "cuda":
+            self.edm.compile()
+        self.parallel = self.edm if rt.world_size == 1 else DistributedDataParallel(
+            self.edm, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+        # EMA of the network, on every process. Its counters stay on the CPU, so that no step waits for them.
+        from ema_pytorch import EMA
+        self.ema = EMA(self.edm.net, beta=config["ema"], update_after_step=0, update_every=1,
+                       include_online_model=False, use_foreach=True)
+        self.ema.ema_model.eval()
+        self.edm_ema = edm.EDM(self.ema.ema_model, self.edm.uncertainty, **config["diffusion"], amp_dtype=amp_dtype)
+
+        # Optimizer.
+        self.parameters = list(self.edm.parameters())
+        self.optimizer = getattr(torch.optim, config["optim"])(
+            self.parameters, lr=config["lrate"], fused=True, **config["optim_args"])
+        self.scaler = torch.amp.GradScaler(rt.device.type, init_scale=1024.0, enabled=amp_dtype == torch.float16)
+
+    def draw(self):
+        """Noise level (B,) ~ N(0,1), noise (B,C,H,W) ~ N(0,1) and flips (B,) of the step's total batch, B images."""
+        B, shape = self.config["batch_size"], self.images.shape[1:]
+        g = self.generator.manual_seed(runtime.mix(self.config["seed"], self.step))
+        level = torch.randn(B, generator=g, device=g.device)
+        noise = torch.randn(B, *shape, generator=g, device=g.device)
+        flip = torch.rand(B, generator=g, device=g.device) < (0.5 if self.config["flip"] else 0)
+        return level, noise, flip
+
+    def learning_rate(self):
+        """lrate, warmed up linearly over warm_epoch, then divided by √max(t/t_ref, 1) (EDM2 Eq. 67)."""
+        warm = self.config["warm_epoch"] * self.steps_per_epoch
+        lr = self.config["lrate"] * min((self.step + 1) / max(warm, 1), 1)
+        if self.config["tref_epoch"]:
+            lr /= math.sqrt(max(self.step / (self.config["tref_epoch"] * self.steps_per_epoch), 1))
+        return lr
+
+    def training_step(self, index):
+        """One step on the images number `index`, the total batch's (B,). Return the gradient's norm, a scalar tensor."""
+        rt = self.rt
+        torch.manual_seed(runtime.mix(self.config["seed"], self.step, rt.rank))     # Of the dropout.
+        self.edm.train()
+        lr = self.learning_rate()
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+
+        # Gradient of the loss summed over the pixels and averaged over the total batch. DDP averages over the
+        # processes, each of which takes its part of the batch in passes of batch_gpu images.
+        scale = self.images[0].numel() / self.batch_process
+        mine = slice(rt.rank * self.batch_process, (rt.rank + 1) * self.batch_process)
+        parts = list(zip(*(t[mine].split(self.batch_gpu) for t in (index, *self.draw())), strict=True))
+        for i, (part, level, noise, flip) in enumerate(parts):
+            y = data.batch(self.images, part, rt.device, flip)
+            last = i == len(parts) - 1
+            with contextlib.nullcontext() if last or rt.world_size == 1 else self.parallel.no_sync():
+                loss, unweighted = self.parallel(y, level, noise)
+                self.scaler.scale(loss.sum() * scale).backward()
+            self.loss_sum += torch.stack([loss.detach().sum(), unweighted.detach().sum()])
+
+        # Step. NaN and Inf gradients become zero (EDM2); under a GradScaler the step is left out, the EMA's too.
+        self.scaler.unscale_(self.optimizer)
+        grads = [p.grad for p in self.parameters]
+        grad_norm = torch.nn.utils.get_total_norm(grads)
+        self.count_bad_steps(torch.isfinite(grad_norm))
+        if self.scaler.is_enabled():
+            old_scale = self.scaler.get_scale()
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            skipped = self.scaler.get_scale() < old_scale
+        else:
+            for grad in grads:
+                torch.nan_to_num(grad, nan=0, posinf=0, neginf=0, out=grad)
+            self.optimizer.step()
+            skipped = False
+        self.optimizer.zero_grad()
+        if not skipped:
+            self.ema.update()
+        self.step += 1
+        return grad_norm
+
+    def count_bad_steps(self, finite):
+        """Count steps in a row without finite gradients, on the device: once MAX_BAD_STEPS is reached it stays there."""
+        stays = self.bad_steps >= MAX_BAD_STEPS
+        self.bad_steps = torch.where(stays, self.bad_steps, torch.where(finite, 0, self.bad_steps + 1))
+
+    def check_bad_steps(self):
+        """Raise UserError after MAX_BAD_STEPS in a row; the GPU is waited for, so this is for when figures are read."""
+        if self.bad_steps.item() >= MAX_BAD_STEPS:
+            raise UserError(f"the gradients were NaN or Inf in {MAX_BAD_STEPS} steps in a row by step {self.step}: "
+                            f"training stops. Go on from a checkpoint with a lower lrate or --amp_dtype bfloat16")
+
+    def state(self, epoch):
+        """The checkpoint: plain tensors and plain values."""
+        return {
+            "network": self.edm.net.state_dict(), "uncertainty": self.edm.uncertainty.state_dict(),
+            "ema": self.ema.ema_model.state_dict(), "ema_step": self.ema.step.item(),
+            "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
+            "step": self.step, "epoch": epoch, "config": self.config,
+        }
+
+    def restore(self, state):
+        """Take over a checkpoint. Raises UserError where it is of another run."""
+        checkpoint.check_same_run(self.config, state["config"])
+        checkpoint.restore(self.edm.net, state["network"], "network")
+        checkpoint.restore(self.edm.uncertainty, state["uncertainty"], "uncertainty")
+        checkpoint.restore(self.ema.ema_model, state["ema"], "ema")
+        self.ema.step.fill_(state["ema_step"])
+        self.ema.initted.fill_(True)
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.scaler.is_enabled() and state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
+        self.step = state["step"]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The loop.
+
+def train(training):
+    """Train to n_epoch from where `training` is, with figures, checkpoints and sample grids in save_dir."""
+    t, rt, config = training, training.rt, training.config
+    start_epoch = t.step // t.steps_per_epoch
+    if start_epoch >= config["n_epoch"]:
+        rt.print(f"{config['save_dir']} is trained to epoch {start_epoch - 1} already: raise n_epoch to go on")
+        return
+    if rt.is_main:
+        runtime.make_folder(config["save_dir"])
+    if start_epoch:
+        rt.print(f"going on in {config['save_dir']} after epoch {start_epoch - 1}, step {t.step}")
+    log = runtime.Log(config["save_dir"], t.step, rt.is_main)
+    bar = tqdm(total=t.total_steps, initial=t.step, unit="step", disable=not rt.is_main,
+               mininterval=0.5 if sys.stderr.isatty() else 30)
+    with contextlib.closing(log), bar:
+        meter = Meter(t)
+        for epoch in range(start_epoch, config["n_epoch"]):
+            order = data.epoch_order(len(t.images), config["seed"], epoch).to(t.images.device)
+            for index in order.split(config["batch_size"])[:t.steps_per_epoch]:
+                lr = t.learning_rate()
+                grad_norm = t.training_step(index)
+                bar.update()
+                last = t.step % t.steps_per_epoch == 0 or t.step == t.max_steps
+                if t.step % config["log_every"] == 0 or last:
+                    figures = meter.read(epoch, lr, grad_norm)
+                    log.write(t.step, figures)
+                    bar.set_postfix(loss=f"{figures['loss']:.4f}", img_per_s=f"{figures['img_per_s']:.0f}")
+                    t.check_bad_steps()
+                if t.step == t.max_steps:
+                    rt.print(f"stopped after step {t.step} as --max_steps says, without a checkpoint")
+                    return
+            if epoch % config["save_every"] == 0 or epoch == config["n_epoch"] - 1:
+                if config["save_model"] and rt.is_main:
+                    checkpoint.save(config, epoch, t.state(epoch))
+                sample_grid(t, epoch, log)
+                meter.restart()
+    rt.print(f"done: checkpoints, sample grids, metrics.jsonl and tensorboard are in {config['save_dir']}")
+
+
+class Meter:
+    """The figures of the steps since they were last read. Only then do processes and devices wait for each other."""
+
+    def __init__(self, training):
+        self.training = training
+        self.restart()
+
+    def restart(self):
+        """Begin a new window at this step."""
+        self.step, self.time = self.training.step, time.perf_counter()
+        self.training.loss_sum.zero_()
+
+    def read(self, epoch, lr, grad_norm):
+        """Return the figures of the window and begin a new one. Losses are means per pixel over all processes."""
+        t = self.training
+        steps = t.step - self.step
+        n_images = steps * t.config["batch_size"]
+        loss, unweighted = (t.rt.all_reduce(t.loss_sum) / n_images).tolist()
+        seconds = time.perf_counter() - self.time
+        figures = {
+            "epoch": epoch, "Mimg": t.step * t.config["batch_size"] / 1e6,
+            "loss": loss, "loss_unweighted": unweighted, "lr": lr, "grad_norm": grad_norm.item(),
+            "ema_decay": t.ema.get_current_decay(),
+            "img_per_s": n_images / seconds, "step_time_s": seconds / steps,
+            "gpu_memory_GB": torch.cuda.max_memory_allocated() / 1e9 if t.rt.device.type == "cuda" else None,
+        }
+        self.restart()
+        return figures
+
+
+def sample_grid(training, epoch, log):
+    """Write n_sample EMA samples above as many real images to save_dir/grids; all processes share the work."""
+    t, n = training, training.config["n_sample"]
+    shape = t.images.shape[1:]
+    samples = torch.zeros(n, *shape, dtype=torch.uint8, device=t.rt.device)
+    for part in torch.arange(t.rt.rank, n, t.rt.world_size).split(64):
+        samples[part] = edm.generate(t.edm_ema, part.tolist(), shape, t.rt.device, t.config["seed"])
+    samples = t.rt.all_reduce(samples).cpu()
+    if not t.rt.is_main:
+        return
+    n_columns = math.ceil(math.sqrt(n))
+    real = t.images[:n].cpu()
+    image = torch.cat([data.grid(samples, n_columns), data.grid(real, n_columns)], dim=1)
+    folder = runtime.make_folder(f"{t.config['save_dir']}/grids")
+    data.save_png(image, folder / f"{epoch:04d}.png")
+    log.image(t.step, "samples above real images", image)
+
+
+if __name__ == "__main__":
+    runtime.command(main)()
