@@ -11,9 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-
 # ----------------------------------------------------------------------------------------------------------------------
-# Scale to unit mean square over the dimensions `dim`: the core of every norm below (Eq. 29).
+# Scale to unit mean square over the dimensions `dim`: the core of every norm (Eq. 29) below.
 
 def normalize(x, dim, eps=1e-4):
     """Return x / (rms(x) + eps), rms over the dimensions `dim` in fp32; shape and dtype of x are kept."""

@@ -11,9 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-
 # ----------------------------------------------------------------------------------------------------------------------
-# Scale to unit mean square over the dimensions `dim`: the core of every norm below (Eq. 29) and of the weights (Eq. 47).
+# Scale to unit mean square over the dimensions `dim`: the core of every norm (Eq. 29) and weight (Eq. 47) below.
 
 def normalize(x, dim, eps=1e-4):
     """Return x / (rms(x) + eps), rms over the dimensions `dim` in fp32; shape and dtype of x are kept."""
@@ -33,8 +32,8 @@ def magnitude_preserving(weight, training):
     """
     dim = tuple(range(1, weight.ndim))
     if training:
-        with torch.no_grad():
-            weight.copy_(normalize(weight, dim))
+        stored = weight.detach()        # Not under no_grad: torch.compile's gradient would see the old weight.
+        stored.copy_(normalize(stored, dim))
     return normalize(weight, dim) / math.sqrt(weight[0].numel())
 
 
@@ -131,7 +130,7 @@ class Attention(nn.Module):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# U-Net block (Config D and E change its layers only, and clip its output): encoder and decoder blocks are the same thing.
+# U-Net block: as in Config C, of the layers above, with its output clipped.
 
 class Block(nn.Module):
     """Residual block, (B,in,H,W) and embedding (B,emb) to (B,out,H',W') with H', W' as resample_mode says."""

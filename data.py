@@ -35,13 +35,14 @@ def load(config, train=True):
         images, labels = {"digits": load_digits, "cifar10": load_cifar10, "cifar100": load_cifar100,
                           "tinyimagenet": load_tinyimagenet}[name](root, train)
     if images.shape[1:] != shape:
-        raise UserError(f"{name} has images of shape {list(images.shape[1:])}, but network.image_shape is {list(shape)}")
+        raise UserError(f"{name} has images of shape {list(images.shape[1:])}, "
+                        f"but network.image_shape is {list(shape)}")
     return torch.from_numpy(images), torch.from_numpy(labels)
 
 
 def load_digits(root, train):
     """scikit-learn's handwritten digits, (1,8,8) with values 0..16 brought to 0..255; the last 360 are the test set."""
-    from sklearn.datasets import load_digits as sklearn_digits      # Slow to import: only where it is used.
+    from sklearn.datasets import load_digits as sklearn_digits  # Slow to import: only where it is used.
     digits = sklearn_digits()
     images = (digits.images * (255 / 16)).round().astype(np.uint8)[:, None]
     split = slice(None, -360) if train else slice(-360, None)

@@ -5,6 +5,7 @@ Sources: EDM (arXiv 2206.00364, Table 1 and Alg. 2), EDM2 (arXiv 2312.02696, Eq.
 
 import contextlib
 import math
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -44,8 +45,8 @@ class EDM(nn.Module):
         self.sigma_data = sigma_data
         self.p_mean = p_mean
         self.p_std = p_std
-        self.schedule = dict(sigma_min=sigma_min, sigma_max=sigma_max, rho=rho)
-        self.churn = dict(S_min=S_min, S_max=S_max, S_noise=S_noise)
+        self.schedule = {"sigma_min": sigma_min, "sigma_max": sigma_max, "rho": rho}
+        self.churn = {"S_min": S_min, "S_max": S_max, "S_noise": S_noise}
         self.amp_dtype = amp_dtype
 
     def denoise(self, x, sigma, return_features=False):
@@ -134,7 +135,7 @@ def heun_sampler(denoise, latents, sigmas, eta=0.0, noise=None, S_min=0.01, S_ma
         return (x - denoise(x, x.new_full((len(x),), sigma))) / sigma
 
     x = latents.double() * sigmas[0]
-    for sigma, sigma_next in zip(sigmas[:-1], sigmas[1:], strict=True):
+    for sigma, sigma_next in pairwise(sigmas):
         # Raise the noise level (churn).
         if eta > 0 and S_min <= sigma <= S_max:
             sigma_hat = sigma * (1 + (math.sqrt(2) - 1) * eta)

@@ -22,6 +22,7 @@ from tqdm import tqdm
 import checkpoint
 import data
 import edm
+import options
 import runtime
 from runtime import UserError
 
@@ -31,14 +32,14 @@ GRID = 64       # Images in grid.png, at most.
 def main():
     """Parse the command line, load the network, write the images that are missing."""
     args = parse_arguments()
-    config = runtime.load_config(args.config, args.set)
+    config = options.load_config(args.config, args.set)
     rt = runtime.start()
     epoch = checkpoint.find(config, args.epoch)
     settings = describe(config, args, epoch)
     folder = Path(args.out or Path(config["save_dir"]) / "samples" / folder_name(epoch, args))
     missing = prepare(folder, settings, args.n_samples, rt)
-    rt.print(f"{args.weights} weights of epoch {epoch}, seed {args.seed}: {len(missing):,} of {args.n_samples:,} images "
-             f"to make in {folder} ({rt.world_size} process{'es' * (rt.world_size > 1)} on "
+    rt.print(f"{args.weights} weights of epoch {epoch}, seed {args.seed}: {len(missing):,} of {args.n_samples:,} "
+             f"images to make in {folder} ({rt.world_size} process{'es' * (rt.world_size > 1)} on "
              f"{runtime.device_name(rt.device)})")
     if missing:
         denoiser = load_denoiser(config, args, epoch, rt)
@@ -50,13 +51,15 @@ def main():
 
 def parse_arguments():
     """The command line."""
-    p = runtime.parser(__doc__)
-    p.add_argument("--epoch", type=runtime.argument(runtime.integer(0)), help="checkpoint (default: the newest)")
-    p.add_argument("--n_samples", type=runtime.argument(runtime.integer(1)), default=50000, help="number of images (default: 50000)")
-    p.add_argument("--seed", type=runtime.argument(runtime.integer(0)), default=0, help="image i is a function of (seed, i)")
+    p = options.parser(__doc__)
+    count, index, unit = (options.argument(check) for check in
+                          (options.integer(1), options.integer(0), options.number(0, 1)))
+    p.add_argument("--epoch", type=index, help="checkpoint (default: the newest)")
+    p.add_argument("--n_samples", type=count, default=50000, help="number of images (default: 50000)")
+    p.add_argument("--seed", type=index, default=0, help="image i is a function of (seed, i)")
     p.add_argument("--weights", choices=["ema", "model"], default="ema", help="averaged (default) or raw weights")
-    p.add_argument("--steps", type=runtime.argument(runtime.integer(1)), default=18, help="sampler steps (default: 18, NFE 35)")
-    p.add_argument("--eta", type=runtime.argument(runtime.number(0, 1)), default=0.0, help="churn from 0 (deterministic) to 1")
+    p.add_argument("--steps", type=count, default=18, help="sampler steps (default: 18, NFE 35)")
+    p.add_argument("--eta", type=unit, default=0.0, help="churn from 0 (deterministic) to 1")
     p.add_argument("--clip_denoised", action="store_true", help="clip D to [-1,1]")
     p.add_argument("--npz", action="store_true", help="also write samples.npz: arr_0, (N,H,W,C) uint8")
     p.add_argument("--out", metavar="DIR", help="folder (default: save_dir/samples/<epoch>...)")
@@ -116,7 +119,7 @@ def png(folder, i):
 def load_denoiser(config, args, epoch, rt):
     """The EDM with the weights of a checkpoint. Raises UserError where it is damaged or of another network."""
     state = checkpoint.load(config, epoch)
-    denoiser = edm.build(config, runtime.amp_dtype(args))
+    denoiser = edm.build(config, options.amp_dtype(args))
     checkpoint.restore(denoiser.net, state["ema" if args.weights == "ema" else "network"],
                        str(checkpoint.path_of(config, epoch)))
     denoiser.to(rt.device).eval()

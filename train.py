@@ -20,6 +20,7 @@ from tqdm import tqdm
 import checkpoint
 import data
 import edm
+import options
 import runtime
 from runtime import UserError
 
@@ -29,7 +30,7 @@ MAX_BAD_STEPS = 20      # Steps in a row with NaN or Inf gradients after which t
 def main():
     """Parse the command line, set up, train."""
     args = parse_arguments()
-    config = runtime.load_config(args.config, args.set)
+    config = options.load_config(args.config, args.set)
     rt = runtime.start()
     check_batch(config, rt)
     describe(config, args, rt)
@@ -49,9 +50,9 @@ def main():
 
 def parse_arguments():
     """The command line."""
-    p = runtime.parser(__doc__)
+    p = options.parser(__doc__)
     p.add_argument("--dry_run", action="store_true", help="print what would be trained and stop")
-    p.add_argument("--max_steps", type=runtime.argument(runtime.integer(1)), metavar="N",
+    p.add_argument("--max_steps", type=options.argument(options.integer(1)), metavar="N",
                    help="stop after step N, without a checkpoint: for a quick look at speed and memory")
     return p.parse_args()
 
@@ -100,7 +101,7 @@ class Training:
         self.generator = torch.Generator(rt.device)
 
         # Network.
-        amp_dtype = runtime.amp_dtype(args)
+        amp_dtype = options.amp_dtype(args)
         torch.manual_seed(config["seed"])
         self.edm = edm.build(config, amp_dtype).to(rt.device)
         if args.channels_last:
@@ -141,7 +142,7 @@ class Training:
         return lr
 
     def training_step(self, index):
-        """One step on the images number `index`, the total batch's (B,). Return the gradient's norm, a scalar tensor."""
+        """One step on the images number `index`, the total batch's (B,). Return the gradient norm, a scalar tensor."""
         rt = self.rt
         torch.manual_seed(runtime.mix(self.config["seed"], self.step, rt.rank))     # Of the dropout.
         self.edm.train()
@@ -184,7 +185,7 @@ class Training:
         return grad_norm
 
     def count_bad_steps(self, finite):
-        """Count steps in a row without finite gradients, on the device: once MAX_BAD_STEPS is reached it stays there."""
+        """Count steps in a row without finite gradients, on the device; a count of MAX_BAD_STEPS stays."""
         stays = self.bad_steps >= MAX_BAD_STEPS
         self.bad_steps = torch.where(stays, self.bad_steps, torch.where(finite, 0, self.bad_steps + 1))
 

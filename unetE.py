@@ -30,7 +30,8 @@ class UNetE(nn.Module):
         widths = [n_channels * mult for mult in ch_mults]
 
         def block(in_channels, out_channels, attention=False, resample_mode=None):
-            return Block(in_channels, out_channels, emb_channels, dropout, resample_mode, attention, attn_channels_per_head)
+            return Block(in_channels, out_channels, emb_channels, dropout, resample_mode,
+                         attention, attn_channels_per_head)
 
         # Noise embedding.
         self.fourier = Fourier(n_channels)

@@ -29,8 +29,8 @@ class UNetG(nn.Module):
         widths = [n_channels * mult for mult in ch_mults]
 
         def block(in_channels, out_channels, attention=False, resample_mode=None, decoder=False):
-            return Block(in_channels, out_channels, emb_channels, dropout, resample_mode, attention, attn_channels_per_head,
-                         decoder)
+            return Block(in_channels, out_channels, emb_channels, dropout, resample_mode,
+                         attention, attn_channels_per_head, decoder)
 
         # Noise embedding: one layer (Fig. 21).
         self.fourier = Fourier(n_channels)
