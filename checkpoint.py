@@ -58,12 +58,12 @@ def load(config, epoch):
     return state
 
 
-def restore(module, state_dict, what):
+def restore(module, state_dict):
     """Load a state dict into a module. Raises UserError naming the first tensor that does not fit."""
     own = module.state_dict()
     for name in [*own, *state_dict]:
         if name not in state_dict or name not in own or own[name].shape != state_dict[name].shape:
-            raise UserError(f"{what}: the checkpoint is of another network; they differ in {name}")
+            raise UserError(f"the checkpoint is of another network: they differ in {name}")
     module.load_state_dict(state_dict)
 
 
@@ -71,8 +71,17 @@ def check_same_run(config, saved):
     """Raise UserError listing the keys that shape the result and differ between a config and a checkpoint's."""
     free = {"n_epoch", "load_epoch", "data_root", "classes", "save_dir", "save_model", "save_every", "log_every",
             "n_sample", "linear"}
+    refuse_differences(config, saved, [key for key in config if key not in free], "choose another save_dir")
+
+
+def check_same_network(config, saved):
+    """Raise UserError listing what differs between the networks of a config and of a checkpoint."""
+    refuse_differences(config, saved, ["net_type", "network"], "use the config it was trained with")
+
+
+def refuse_differences(config, saved, keys, remedy):
+    """Raise UserError listing those of `keys` in which two configs differ."""
     differences = [f"{key} {saved.get(key)!r} there, {config[key]!r} here"
-                   for key in config if key not in free and config[key] != saved.get(key)]
+                   for key in keys if config[key] != saved.get(key)]
     if differences:
-        raise UserError(f"{config['save_dir']} holds a run of another config ({'; '.join(differences)}): "
-                        f"choose another save_dir")
+        raise UserError(f"{config['save_dir']} holds a run of another config ({'; '.join(differences)}): {remedy}")

@@ -37,13 +37,12 @@ def main():
     epoch = checkpoint.find(config, args.epoch)
     settings = describe(config, args, epoch)
     folder = Path(args.out or Path(config["save_dir"]) / "samples" / folder_name(epoch, args))
+    denoiser = load_denoiser(config, args, epoch, rt)
     missing = prepare(folder, settings, args.n_samples, rt)
     rt.print(f"{args.weights} weights of epoch {epoch}, seed {args.seed}: {len(missing):,} of {args.n_samples:,} "
              f"images to make in {folder} ({rt.world_size} process{'es' * (rt.world_size > 1)} on "
              f"{runtime.device_name(rt.device)})")
-    if missing:
-        denoiser = load_denoiser(config, args, epoch, rt)
-        write_images(denoiser, missing[rt.rank::rt.world_size], folder, config, args, rt)
+    write_images(denoiser, missing[rt.rank::rt.world_size], folder, config, args, rt)
     rt.barrier()
     if rt.is_main:
         finish(folder, args)
@@ -119,9 +118,9 @@ def png(folder, i):
 def load_denoiser(config, args, epoch, rt):
     """The EDM with the weights of a checkpoint. Raises UserError where it is damaged or of another network."""
     state = checkpoint.load(config, epoch)
+    checkpoint.check_same_network(config, state["config"])
     denoiser = edm.build(config, options.amp_dtype(args))
-    checkpoint.restore(denoiser.net, state["ema" if args.weights == "ema" else "network"],
-                       str(checkpoint.path_of(config, epoch)))
+    checkpoint.restore(denoiser.net, state["ema" if args.weights == "ema" else "network"])
     denoiser.to(rt.device).eval()
     if args.channels_last:
         denoiser.to(memory_format=torch.channels_last)

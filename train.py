@@ -207,9 +207,9 @@ class Training:
     def restore(self, state):
         """Take over a checkpoint. Raises UserError where it is of another run."""
         checkpoint.check_same_run(self.config, state["config"])
-        checkpoint.restore(self.edm.net, state["network"], "network")
-        checkpoint.restore(self.edm.uncertainty, state["uncertainty"], "uncertainty")
-        checkpoint.restore(self.ema.ema_model, state["ema"], "ema")
+        checkpoint.restore(self.edm.net, state["network"])
+        checkpoint.restore(self.edm.uncertainty, state["uncertainty"])
+        checkpoint.restore(self.ema.ema_model, state["ema"])
         self.ema.step.fill_(state["ema_step"])
         self.ema.initted.fill_(True)
         self.optimizer.load_state_dict(state["optimizer"])

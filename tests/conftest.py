@@ -18,7 +18,7 @@ needs_tiny = pytest.mark.skipif(not (DATA / "tiny-imagenet-200-small.zip").is_fi
 
 
 def tiny_config(folder, net_type="UNetC", **changes):
-    """Write a config of a network of about 0.2M parameters on the digits, 10 steps an epoch, to folder; return its path."""
+    """Write a config of a small network on the digits, 10 steps an epoch, to folder; return its path."""
     config = {
         "dataset": "digits", "net_type": net_type,
         "network": {"image_shape": [1, 8, 8], "n_channels": 32, "ch_mults": [1, 1], "is_attn": [False, True],

@@ -36,11 +36,9 @@ def test_the_weights_do_not_depend_on_the_processes_or_passes(tmp_path, net_type
     assert metrics(one)[-1]["step"] == 20
     start = same_run(tmp_path, "start", net_type, "--set", "lrate=1e-12")
     assert distance(weights(one, 1), weights(start, 1)) > 0.01      # It does train.
-    others = [same_run(tmp_path, "two", net_type, processes=2),
+    others = [same_run(tmp_path, "two", net_type, processes=2), same_run(tmp_path, "four", net_type, processes=4),
               same_run(tmp_path, "quarter", net_type, "--batch_gpu", 35),
               same_run(tmp_path, "two_in_passes", net_type, "--batch_gpu", 35, processes=2)]
-    if net_type == "UNetG":
-        others.append(same_run(tmp_path, "four", net_type, processes=4))
     for other in others:
         for key in ALL:
             assert distance(weights(one, 1, key), weights(other, 1, key)) < 1e-4, (other, key)
@@ -94,7 +92,7 @@ def test_checkpoint_holds_plain_tensors_and_values_once(trained):
 
 
 def test_going_on_gives_the_same_run(trained, tmp_path):
-    """Epoch 0 alone, then the same command for two: bitwise what one run of two epochs gives; every step logged once."""
+    """Epoch 0 alone, then the same command for two: bitwise what one run of two gives, every step logged once."""
     parts = same_run(tmp_path, "parts", "UNetE", "--set", "n_epoch=1", save_every=1)
     config = tmp_path / "parts" / "config.yaml"
     assert "going on" in succeed("train.py", "--config", config)
@@ -205,16 +203,25 @@ def test_a_config_of_the_predecessor_runs_unchanged(tmp_path):
 
 @needs_cifar10
 @pytest.mark.slow
-@pytest.mark.parametrize("letter", "CEG")
-def test_the_full_networks_train_on_cifar10(tmp_path, letter):
+def test_the_full_network_trains_on_cifar10(tmp_path):
     """39.5M parameters, batch 8, on the CPU: the loss is finite and falls over 30 steps."""
-    out = succeed("train.py", "--config", ROOT / "config" / "cifar10" / f"{letter}.yaml", "--set", f"data_root={DATA}",
+    out = succeed("train.py", "--config", ROOT / "config" / "cifar10" / "C.yaml", "--set", f"data_root={DATA}",
                   "--set", f"save_dir={tmp_path}", "--set", "batch_size=8", "--set", "warm_epoch=0",
                   "--set", "log_every=10", "--max_steps", "30", timeout=1200)
-    assert "39,5" in out
+    assert "39,509,888 parameters, 42.6 GFLOP" in out
     losses = [row["loss_unweighted"] for row in metrics(tmp_path)]
     assert len(losses) == 3 and all(map(math.isfinite, losses))
     assert losses[2] < losses[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("letter", "CEG")
+def test_the_digits_configs_learn(tmp_path, letter):
+    """In a fifth of the demo's epochs the unweighted loss falls to 60 % or less of what it was after the first."""
+    succeed("train.py", "--config", ROOT / "config" / "digits" / f"{letter}.yaml", "--set", "n_epoch=12",
+            "--set", f"save_dir={tmp_path}", "--set", "log_every=1000")
+    losses = [row["loss_unweighted"] for row in metrics(tmp_path)]          # One row an epoch.
+    assert len(losses) == 12 and losses[-1] < 0.6 * losses[0], losses
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -339,7 +346,7 @@ def test_ema_is_that_of_ema_pytorch(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("net_type", NETS)
+@pytest.mark.parametrize("net_type", ["UNetE", "UNetG"])
 def test_compiled_step_is_the_plain_step(tmp_path, net_type):
     plain, compiled = (training(tmp_path, net_type, batch_size=8) for _ in range(2))
     compiled.edm.compile()

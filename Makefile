@@ -1,0 +1,31 @@
+# make demo: train on the built-in digits, sample, show where the pictures are.    make test: ruff and pytest.
+# Each sets itself up in .venv first; done again, that takes no time. Needs Python 3.11 or newer: make demo PYTHON=python3.12
+
+PYTHON ?= python3
+BIN := .venv/bin
+DEMO := --config config/digits/G.yaml
+
+.PHONY: demo test clean
+
+demo: .venv/installed
+	$(BIN)/python train.py $(DEMO)
+	$(BIN)/python sample.py $(DEMO) --n_samples 64
+	@echo "Watch the training curves: $(BIN)/tensorboard --logdir runs/digits/G/tensorboard"
+
+test: .venv/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/python -m pytest
+
+clean:
+	rm -rf .venv runs
+
+.venv/installed: requirements.txt constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "make: error: $(PYTHON) is not Python 3.11 or newer; say which one is: make PYTHON=python3.12" >&2; exit 2; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -c constraints.txt
+	touch $@
+
+.venv/installed-dev: .venv/installed requirements-dev.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt -c constraints.txt
+	touch $@
