@@ -247,7 +247,7 @@ def train(training):
                 if t.step % config["log_every"] == 0 or last:
                     figures = meter.read(epoch, lr, grad_norm)
                     log.write(t.step, figures)
-                    bar.set_postfix(loss=f"{figures['loss']:.4f}", img_per_s=f"{figures['img_per_s']:.0f}")
+                    bar.set_postfix(loss=f"{figures['loss']:.4f}", img_per_s=f"{figures['img_per_s']:.0f}", refresh=False)
                     t.check_bad_steps()
                 if t.step == t.max_steps:
                     rt.print(f"stopped after step {t.step} as --max_steps says, without a checkpoint")
