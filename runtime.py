@@ -32,6 +32,8 @@ def command(main):
             main(*args)
         except UserError as e:
             code, message = 2, f"{name}: error: {' '.join(str(e).split())}"
+        except OSError as e:                # A full disk, missing rights, a lost mount: wherever it shows.
+            code, message = 2, f"{name}: error: {e.filename or ''} {e.strerror or e}"
         except torch.OutOfMemoryError:
             code, message = 2, f"{name}: error: out of GPU memory; lower --batch_gpu (or n_channels)"
         except KeyboardInterrupt:
@@ -168,10 +170,18 @@ def atomic(path):
         with open(temporary, "rb") as f:
             os.fsync(f.fileno())
         temporary.replace(path)
-    except OSError as e:
-        raise UserError(f"cannot write {path}: {e.strerror or e}") from None
+    except (OSError, RuntimeError) as e:    # torch.save raises RuntimeError where the disk is full.
+        raise UserError(f"cannot write {path}: {getattr(e, 'strerror', None) or e}") from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def step_of(line):
+    """The step of a line of metrics.jsonl; infinity for a line that a crash has cut."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf
 
 
 class Log:
@@ -187,7 +197,7 @@ class Log:
         from torch.utils.tensorboard import SummaryWriter  # Slow to import: only where it is used.
         path = Path(save_dir) / "metrics.jsonl"
         kept = [line for line in path.read_text().splitlines(keepends=True)
-                if json.loads(line)["step"] <= step] if path.exists() else []
+                if step_of(line) <= step] if path.exists() else []
         with atomic(path) as temporary:
             temporary.write_text("".join(kept))
         self.file = path.open("a", buffering=1)

@@ -92,7 +92,10 @@ def prepare(folder, settings, n_samples, rt):
     if rt.is_main:
         runtime.make_folder(folder / "images")
         if note.exists():
-            made = json.loads(note.read_text())
+            try:
+                made = json.loads(note.read_text())
+            except ValueError:
+                raise UserError(f"{note} is damaged: remove {folder}, or choose another folder with --out") from None
             differences = [f"{key} {made.get(key)!r} there, {value!r} here"
                            for key, value in settings.items() if made.get(key) != value]
             if differences:

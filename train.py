@@ -11,6 +11,7 @@ import contextlib
 import math
 import sys
 import time
+import warnings
 
 import torch
 import yaml
@@ -108,6 +109,8 @@ class Training:
             self.edm.to(memory_format=torch.channels_last)
         if args.compile if args.compile is not None else rt.device.type == "cuda":
             self.edm.compile()
+        # Its successor, forward_sync_buffers, is not in PyTorch 2.6.
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
         self.parallel = self.edm if rt.world_size == 1 else DistributedDataParallel(
             self.edm, broadcast_buffers=False, gradient_as_bucket_view=True)
 
@@ -243,13 +246,14 @@ def train(training):
                 lr = t.learning_rate()
                 grad_norm = t.training_step(index)
                 bar.update()
-                last = t.step % t.steps_per_epoch == 0 or t.step == t.max_steps
-                if t.step % config["log_every"] == 0 or last:
+                stop = t.max_steps is not None and t.step >= t.max_steps
+                if t.step % config["log_every"] == 0 or t.step % t.steps_per_epoch == 0 or stop:
                     figures = meter.read(epoch, lr, grad_norm)
                     log.write(t.step, figures)
-                    bar.set_postfix(loss=f"{figures['loss']:.4f}", img_per_s=f"{figures['img_per_s']:.0f}", refresh=False)
+                    bar.set_postfix(loss=f"{figures['loss']:.4f}", img_per_s=f"{figures['img_per_s']:.0f}",
+                                    refresh=False)
                     t.check_bad_steps()
-                if t.step == t.max_steps:
+                if stop:
                     rt.print(f"stopped after step {t.step} as --max_steps says, without a checkpoint")
                     return
             if epoch % config["save_every"] == 0 or epoch == config["n_epoch"] - 1:
