@@ -1,12 +1,15 @@
 """Checkpoints save_dir/ckpts/model_{epoch}.pth: plain tensors and plain values, written whole or not at all."""
 
-import pickle
 import re
 from pathlib import Path
 
 import torch
 
-from runtime import UserError, atomic, make_folder
+from runtime import UserError, atomic
+
+# What a checkpoint holds.
+KINDS = {"network": dict, "uncertainty": dict, "ema": dict, "ema_step": int, "optimizer": dict, "scaler": dict,
+         "step": int, "epoch": int, "config": dict}
 
 
 def path_of(config, epoch):
@@ -40,9 +43,7 @@ def find(config, epoch=None):
 
 def save(config, epoch, state):
     """Write a checkpoint. Raises UserError where writing fails; an older file of that name is then still whole."""
-    path = path_of(config, epoch)
-    make_folder(path.parent)
-    with atomic(path) as temporary:
+    with atomic(path_of(config, epoch)) as temporary:
         torch.save(state, temporary)
 
 
@@ -51,9 +52,9 @@ def load(config, epoch):
     path = path_of(config, epoch)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as e:
-        raise UserError(f"cannot read the checkpoint {path}: {str(e).splitlines()[0]}") from None
-    if not isinstance(state, dict) or not {"network", "ema", "step", "epoch", "config"} <= state.keys():
+    except Exception as e:                  # The unpickler raises whatever a damaged file leads it to.
+        raise UserError(f"cannot read the checkpoint {path}: {str(e).partition(chr(10))[0] or 'it is cut'}") from None
+    if not isinstance(state, dict) or any(not isinstance(state.get(key), kind) for key, kind in KINDS.items()):
         raise UserError(f"{path} is not a checkpoint of this project")
     return state
 

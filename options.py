@@ -73,7 +73,7 @@ def boolean(value):
 
 def text(value):
     """Check for a non-empty string."""
-    if not isinstance(value, str) or not value:
+    if not isinstance(value, str) or not value or "\0" in value:
         raise ValueError("a text")
     return value
 
@@ -130,9 +130,9 @@ KEYS = {
         "sigma_data": (positive, 0.5),
         "p_mean": (number(), -1.2),
         "p_std": (positive, 1.2),
-        "sigma_min": (positive, 0.002),
-        "sigma_max": (positive, 80.0),
-        "rho": (positive, 7.0),
+        "sigma_min": (number(1e-6, 1e6), 0.002),
+        "sigma_max": (number(1e-6, 1e6), 80.0),
+        "rho": (number(0.5, 100), 7.0),
         "S_min": (number(0), 0.01),
         "S_max": (number(0), 1.0),
         "S_noise": (number(0), 1.007),
@@ -225,7 +225,7 @@ def load_config(path, overrides=()):
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as e:
         raise UserError(f"cannot read the config {path}: {e.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as e:
+    except (yaml.YAMLError, ValueError, RecursionError) as e:       # ValueError: such as a date of month 13.
         raise UserError(f"the config {path} is not valid YAML: {e}") from None
     if not isinstance(values, dict):
         raise UserError(f"the config {path} must hold keys and values")
@@ -241,7 +241,7 @@ def load_config(path, overrides=()):
             target = target[parent]
         try:
             target[last] = yaml.safe_load(value)
-        except yaml.YAMLError:
+        except (yaml.YAMLError, ValueError, RecursionError):
             raise UserError(f"--set {override}: {value!r} is not valid YAML") from None
     try:
         config = check_keys(values, KEYS)

@@ -141,8 +141,11 @@ def mix(*numbers):
 def check_writable(folder):
     """Raise UserError unless `folder` can be made and written to; makes nothing."""
     existing = Path(folder).absolute()
-    while not os.path.lexists(existing):
-        existing = existing.parent
+    try:
+        while not existing.exists():
+            existing = existing.parent
+    except OSError as e:
+        raise UserError(f"save_dir {folder}: {e.strerror}") from None
     if not existing.is_dir():
         raise UserError(f"save_dir {folder}: {existing} is not a folder")
     if not os.access(existing, os.W_OK | os.X_OK):
@@ -196,7 +199,7 @@ class Log:
             return
         from torch.utils.tensorboard import SummaryWriter  # Slow to import: only where it is used.
         path = Path(save_dir) / "metrics.jsonl"
-        kept = [line for line in path.read_text().splitlines(keepends=True)
+        kept = [line for line in path.read_text(errors="replace").splitlines(keepends=True)
                 if step_of(line) <= step] if path.exists() else []
         with atomic(path) as temporary:
             temporary.write_text("".join(kept))

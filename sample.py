@@ -93,8 +93,8 @@ def prepare(folder, settings, n_samples, rt):
         runtime.make_folder(folder / "images")
         if note.exists():
             try:
-                made = json.loads(note.read_text())
-            except ValueError:
+                made = dict(json.loads(note.read_text()))
+            except (ValueError, TypeError):
                 raise UserError(f"{note} is damaged: remove {folder}, or choose another folder with --out") from None
             differences = [f"{key} {made.get(key)!r} there, {value!r} here"
                            for key, value in settings.items() if made.get(key) != value]
@@ -155,7 +155,10 @@ def write_images(denoiser, missing, folder, config, args, rt):
 def finish(folder, args):
     """Write grid.png and, where asked for, samples.npz from the PNGs, and say where everything is."""
     def read(i):
-        pixels = np.asarray(Image.open(png(folder, i)))
+        try:
+            pixels = np.asarray(Image.open(png(folder, i)))
+        except (OSError, ValueError, SyntaxError):
+            raise UserError(f"{png(folder, i)} is damaged: remove it and run this again") from None
         return pixels[..., None] if pixels.ndim == 2 else pixels
 
     first = torch.from_numpy(np.stack([read(i) for i in range(min(args.n_samples, GRID))])).permute(0, 3, 1, 2)

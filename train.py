@@ -215,7 +215,10 @@ class Training:
         checkpoint.restore(self.ema.ema_model, state["ema"])
         self.ema.step.fill_(state["ema_step"])
         self.ema.initted.fill_(True)
-        self.optimizer.load_state_dict(state["optimizer"])
+        try:
+            self.optimizer.load_state_dict(state["optimizer"])
+        except (KeyError, ValueError, TypeError, AttributeError) as e:
+            raise UserError(f"the checkpoint's optimizer state does not fit: {e!r}") from None
         if self.scaler.is_enabled() and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
         self.step = state["step"]
@@ -232,7 +235,8 @@ def train(training):
         rt.print(f"{config['save_dir']} is trained to epoch {start_epoch - 1} already: raise n_epoch to go on")
         return
     if rt.is_main:
-        runtime.make_folder(config["save_dir"])
+        for name in ("ckpts", "grids", "tensorboard"):
+            runtime.make_folder(f"{config['save_dir']}/{name}")
     if start_epoch:
         rt.print(f"going on in {config['save_dir']} after epoch {start_epoch - 1}, step {t.step}")
     log = runtime.Log(config["save_dir"], t.step, rt.is_main)
@@ -307,8 +311,7 @@ def sample_grid(training, epoch, log):
     n_columns = math.ceil(math.sqrt(n))
     real = t.images[:n].cpu()
     image = torch.cat([data.grid(samples, n_columns), data.grid(real, n_columns)], dim=1)
-    folder = runtime.make_folder(f"{t.config['save_dir']}/grids")
-    data.save_png(image, folder / f"{epoch:04d}.png")
+    data.save_png(image, f"{t.config['save_dir']}/grids/{epoch:04d}.png")
     log.image(t.step, "samples above real images", image)
 
 

@@ -1,8 +1,13 @@
 """What a user can get wrong: one line on stderr that names it, exit code 2, and nothing written."""
 
 import pytest
+import torch
 from conftest import run, tiny_config
 from PIL import Image
+
+import checkpoint
+import options
+from runtime import UserError
 
 
 def refused(tmp_path, script, *args, words, processes=None):
@@ -31,6 +36,9 @@ def refused(tmp_path, script, *args, words, processes=None):
     ("network.image_shape=[3,8,8]", ["digits", "[1, 8, 8]"]),
     ("load_epoch=7", ["no checkpoints"]),
     ("save_dir=/proc/self/run", ["save_dir", "/proc/self"]),
+    ("lrate=2024-13-45", ["not valid YAML"]),
+    ("diffusion.rho=1e-300", ["diffusion.rho"]),
+    ("save_dir=" + 300 * "x", ["save_dir", "too long"]),
     ("save_dir=/dev/null/run", ["save_dir", "/dev/null is not a folder"]),
 ])
 def test_config_values(tmp_path, changes, words):
@@ -67,6 +75,19 @@ def test_checkpoints(tmp_path):
         (folder / f"model_{epoch}.pth").write_bytes(b"damaged")
     refused(tmp_path, "sample.py", "--config", path, "--epoch", 7, words=["epoch 7", "there are 0, 100"])
     refused(tmp_path, "train.py", "--config", path, words=["cannot read the checkpoint", "model_100.pth"])
+
+
+@pytest.mark.parametrize("content", [b"", b"PK" + bytes(1000), b"text", {"network": 1}, [1], object])
+def test_damaged_checkpoints_are_named(tmp_path, content):
+    config = options.load_config(tiny_config(tmp_path))
+    path = checkpoint.path_of(config, 3)
+    path.parent.mkdir(parents=True)
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        torch.save(content, path)               # The last one would run code, were it unpickled.
+    with pytest.raises(UserError, match=r"model_3\.pth"):
+        checkpoint.load(config, 3)
 
 
 def test_arguments(tmp_path):

@@ -1,6 +1,7 @@
 """sample.py as users run it: the same images from any processes and batches, nothing made twice, nothing mixed."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -79,6 +80,16 @@ def test_a_folder_of_other_settings_is_refused(config, reference, args):
     assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1
     assert "other settings" in done.stderr and args[0].lstrip("-").replace("use_amp", "precision") in done.stderr
     assert before == {p: p.stat().st_mtime_ns for p in reference.rglob("*")}
+
+
+@pytest.mark.parametrize(("name", "content"), [
+    ("settings.json", b""), ("settings.json", b"[1]"), ("settings.json", b"\xff"), ("images/000003.png", b"\x89PNG")])
+def test_damaged_files_in_the_folder_are_named(config, reference, tmp_path, name, content):
+    folder = tmp_path / "samples"
+    shutil.copytree(reference, folder)
+    (folder / name).write_bytes(content)
+    done = run("sample.py", "--config", config, "--n_samples", N, "--out", folder)
+    assert done.returncode == 2 and f"{folder / name} is damaged" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_settings_that_are_not_usual_have_folders_of_their_own(config, reference):

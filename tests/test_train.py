@@ -109,6 +109,13 @@ def test_going_on_gives_the_same_run(trained, tmp_path):
     assert [row["step"] for row in metrics(parts)] == [5, 10, 15, 20]
 
 
+def test_a_cut_line_of_metrics_is_dropped(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n{"step": 2}\n{"step": 3}\n{"step": \xff')
+    runtime.Log(tmp_path, 2, True).close()
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
 def test_another_config_does_not_go_on(trained):
     config = trained.parent / "config.yaml"
     done = run("train.py", "--config", config, "--set", "lrate=0.5", "--set", "n_epoch=9")
