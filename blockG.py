@@ -38,25 +38,28 @@ def magnitude_preserving(weight, training):
 
 
 class Linear(nn.Module):
-    """Magnitude-preserving linear layer (Eq. 47), (B,in) to (B,out)."""
+    """Magnitude-preserving linear layer (Eq. 47) times a gain, (B,in) to (B,out)."""
 
     def __init__(self, in_channels, out_channels):
         super().__init__()
         self.weight = nn.Parameter(torch.randn(out_channels, in_channels))
 
-    def forward(self, x):
-        return F.linear(x, magnitude_preserving(self.weight, self.training))
+    def forward(self, x, gain=1):
+        return F.linear(x, gain * magnitude_preserving(self.weight, self.training))
 
 
 class Conv2d(nn.Module):
-    """Magnitude-preserving convolution (Eq. 47) with an odd kernel, (B,in,H,W) to (B,out,H,W)."""
+    """Magnitude-preserving convolution (Eq. 47) with an odd kernel, times a gain, (B,in,H,W) to (B,out,H,W).
+
+    The gain multiplies the weight, in fp32: its gradient would overflow float16 as a sum over all pixels.
+    """
 
     def __init__(self, in_channels, out_channels, kernel_size):
         super().__init__()
         self.weight = nn.Parameter(torch.randn(out_channels, in_channels, kernel_size, kernel_size))
 
-    def forward(self, x):
-        return F.conv2d(x, magnitude_preserving(self.weight, self.training), padding=self.weight.shape[-1] // 2)
+    def forward(self, x, gain=1):
+        return F.conv2d(x, gain * magnitude_preserving(self.weight, self.training), padding=self.weight.shape[-1] // 2)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -164,7 +167,7 @@ class Block(nn.Module):
             x = normalize(x, dim=1)
         # Residual branch.
         y = self.conv0(mp_silu(x))
-        y = y * (1 + self.gain * self.emb(emb))[:, :, None, None]
+        y = y * (1 + self.emb(emb, self.gain))[:, :, None, None]
         y = self.conv1(F.dropout(mp_silu(y), self.dropout, self.training))
         # Main branch of the decoder.
         if self.decoder and self.skip is not None:

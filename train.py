@@ -125,7 +125,7 @@ class Training:
         self.parameters = list(self.edm.parameters())
         self.optimizer = getattr(torch.optim, config["optim"])(
             self.parameters, lr=config["lrate"], fused=True, **config["optim_args"])
-        self.scaler = torch.amp.GradScaler(rt.device.type, init_scale=1024.0, enabled=amp_dtype == torch.float16)
+        self.scaler = torch.amp.GradScaler(rt.device.type, init_scale=64.0, enabled=amp_dtype == torch.float16)
 
     def draw(self):
         """Noise level (B,) ~ N(0,1), noise (B,C,H,W) ~ N(0,1) and flips (B,) of the step's total batch, B images."""

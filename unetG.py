@@ -91,5 +91,5 @@ class UNetG(nn.Module):
             features[f"out_{i}"] = x
 
         # Output.
-        x = self.out_conv(x) * self.out_gain
+        x = self.out_conv(x, self.out_gain)
         return (x, features) if return_features else x
