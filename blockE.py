@@ -42,7 +42,7 @@ class Linear(nn.Module):
 
     def __init__(self, in_channels, out_channels):
         super().__init__()
-        self.weight = nn.Parameter(torch.randn(out_channels, in_channels))
+        self.weight = nn.Parameter(torch.randn(out_channels, in_channels))     # Alg. 1
 
     def forward(self, x):
         return F.linear(x, magnitude_preserving(self.weight, self.training))
@@ -53,7 +53,7 @@ class Conv2d(nn.Module):
 
     def __init__(self, in_channels, out_channels, kernel_size):
         super().__init__()
-        self.weight = nn.Parameter(torch.randn(out_channels, in_channels, kernel_size, kernel_size))
+        self.weight = nn.Parameter(torch.randn(out_channels, in_channels, kernel_size, kernel_size))       # Alg. 1
 
     def forward(self, x):
         return F.conv2d(x, magnitude_preserving(self.weight, self.training), padding=self.weight.shape[-1] // 2)
@@ -168,4 +168,4 @@ class Block(nn.Module):
         x = x + y
         if self.attention is not None:
             x = self.attention(x)
-        return x.clamp(-256, 256)                   # Keeps float16 in range
+        return x.clamp(-256, 256)                   # In E and G: keeps float16 in range

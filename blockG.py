@@ -38,28 +38,25 @@ def magnitude_preserving(weight, training):
 
 
 class Linear(nn.Module):
-    """Magnitude-preserving linear layer (Eq. 47) times a gain, (B,in) to (B,out)."""
+    """Magnitude-preserving linear layer (Eq. 47), (B,in) to (B,out)."""
 
     def __init__(self, in_channels, out_channels):
         super().__init__()
-        self.weight = nn.Parameter(torch.randn(out_channels, in_channels))
+        self.weight = nn.Parameter(torch.randn(out_channels, in_channels))     # Alg. 1
 
-    def forward(self, x, gain=1):
-        return F.linear(x, gain * magnitude_preserving(self.weight, self.training))
+    def forward(self, x):
+        return F.linear(x, magnitude_preserving(self.weight, self.training))
 
 
 class Conv2d(nn.Module):
-    """Magnitude-preserving convolution (Eq. 47) with an odd kernel, times a gain, (B,in,H,W) to (B,out,H,W).
-
-    The gain multiplies the weight, in fp32: its gradient would overflow float16 as a sum over all pixels.
-    """
+    """Magnitude-preserving convolution (Eq. 47) with an odd kernel, (B,in,H,W) to (B,out,H,W)."""
 
     def __init__(self, in_channels, out_channels, kernel_size):
         super().__init__()
-        self.weight = nn.Parameter(torch.randn(out_channels, in_channels, kernel_size, kernel_size))
+        self.weight = nn.Parameter(torch.randn(out_channels, in_channels, kernel_size, kernel_size))       # Alg. 1
 
-    def forward(self, x, gain=1):
-        return F.conv2d(x, gain * magnitude_preserving(self.weight, self.training), padding=self.weight.shape[-1] // 2)
+    def forward(self, x):
+        return F.conv2d(x, magnitude_preserving(self.weight, self.training), padding=self.weight.shape[-1] // 2)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -128,7 +125,7 @@ class Attention(nn.Module):
         q, k, v = normalize(qkv, dim=-1).permute(2, 0, 3, 1, 4)             # each (B, heads, H·W, channels per head)
         y = F.scaled_dot_product_attention(q, k, v)                         # softmax(q·k/√channels_per_head)·v
         y = y.transpose(1, 2).reshape(B, H, W, C).permute(0, 3, 1, 2)
-        return mp_sum(x, self.proj(y))
+        return mp_sum(x, self.proj(y))                                      # Eq. 88
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -153,7 +150,7 @@ class Block(nn.Module):
         self.decoder = decoder
         self.conv0 = Conv2d(in_channels if decoder else out_channels, out_channels, 3)
         self.emb = Linear(emb_channels, out_channels)
-        self.gain = nn.Parameter(torch.zeros([]))       # Of the conditioning: starts at 0 (Config G)
+        self.gain = nn.Parameter(torch.zeros([]))       # Of the conditioning: learned, from 0 (Config G, Fig. 21)
         self.conv1 = Conv2d(out_channels, out_channels, 3)
         self.skip = Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
         self.attention = Attention(out_channels, channels_per_head) if attention else None
@@ -167,13 +164,13 @@ class Block(nn.Module):
             x = normalize(x, dim=1)
         # Residual branch.
         y = self.conv0(mp_silu(x))
-        y = y * (1 + self.emb(emb, self.gain))[:, :, None, None]
+        y = y * (1 + self.gain * self.emb(emb))[:, :, None, None]
         y = self.conv1(F.dropout(mp_silu(y), self.dropout, self.training))
         # Main branch of the decoder.
         if self.decoder and self.skip is not None:
             x = self.skip(x)
         # Join.
-        x = mp_sum(x, y)
+        x = mp_sum(x, y)                            # Eq. 88
         if self.attention is not None:
             x = self.attention(x)
-        return x.clamp(-256, 256)                   # Keeps float16 in range
+        return x.clamp(-256, 256)                   # In E and G: keeps float16 in range

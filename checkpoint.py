@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+import options
 from runtime import UserError, atomic
 
 # What a checkpoint holds.
@@ -53,9 +54,12 @@ def load(config, epoch):
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:                  # The unpickler raises whatever a damaged file leads it to.
-        raise UserError(f"cannot read the checkpoint {path}: {str(e).partition(chr(10))[0] or 'it is cut'}") from None
+        reason = str(e).partition("\n")[0] or "it is cut"
+        raise UserError(f"cannot read the checkpoint {path}: {reason} (with several machines, save_dir must be on a "
+                        f"disk that they share)") from None
     if not isinstance(state, dict) or any(not isinstance(state.get(key), kind) for key, kind in KINDS.items()):
         raise UserError(f"{path} is not a checkpoint of this project")
+    state["config"] = options.check_keys(state["config"], options.KEYS)     # Keys that are younger than the file.
     return state
 
 

@@ -4,6 +4,7 @@ A data set is decoded once into one array (N,C,H,W) uint8. No step ever waits fo
 """
 
 import os
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from urllib.error import URLError
@@ -77,8 +78,11 @@ def load_tinyimagenet(root, train):
     folder = root / "tiny-imagenet-200"
     if not folder.exists():
         from torchvision.datasets.utils import download_and_extract_archive
+        partial = root / ".tiny-imagenet-200.partial"           # So that a cut download is never taken for whole.
+        shutil.rmtree(partial, ignore_errors=True)
         with download_errors("Tiny ImageNet", TINY_URL, folder, TINY_MD5):
-            download_and_extract_archive(TINY_URL, root, md5=TINY_MD5)
+            download_and_extract_archive(TINY_URL, root, partial, md5=TINY_MD5)
+            (partial / folder.name).rename(folder)
     try:
         label_of = {wnid: label for label, wnid in enumerate(sorted((folder / "wnids.txt").read_text().split()))}
         if train:

@@ -51,7 +51,7 @@ def integer(low=-math.inf, high=math.inf):
             exact = number(low, high)(value)
             if not exact.is_integer():
                 raise ValueError
-            return int(exact)
+            return value if isinstance(value, int) else int(exact)
         except ValueError:
             raise ValueError(f"a whole number{describe_range(low, high)}") from None
     return check
@@ -147,10 +147,10 @@ KEYS = {
     "optim_args": {
         "betas": (list_of(fraction, 2), [0.9, 0.999]),
         "eps": (number(0), 1e-8),
-        "weight_decay": (number(0), 0.0),
+        "weight_decay": (optional(number(0)), None),        # null: PyTorch's, 0 for Adam and 0.01 for AdamW.
     },
     "ema": (fraction, 0.9993),
-    "seed": (integer(0, 2**63 - 1), 0),
+    "seed": (integer(0, 2**62), 0),
     "load_epoch": (integer(-1), -1),                        # Go on from this checkpoint; -1: from the newest, if any.
     # Output.
     "save_dir": (text, REQUIRED),
@@ -260,7 +260,8 @@ def parser(docstring):
     p.add_argument("--config", required=True, help="YAML file, such as config/cifar10/C.yaml")
     p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the YAML")
     p.add_argument("--use_amp", action="store_true", help="mixed precision")
-    p.add_argument("--amp_dtype", choices=["float16", "bfloat16"], default="float16", help="kind of --use_amp")
+    p.add_argument("--amp_dtype", choices=["float16", "bfloat16"],
+                   help="mixed precision of this kind (default of --use_amp: float16, with a GradScaler)")
     p.add_argument("--batch_gpu", type=argument(integer(1)), metavar="N", help="images per process and pass at most")
     p.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on CUDA)")
     p.add_argument("--channels_last", action=argparse.BooleanOptionalAction, default=True,
@@ -280,4 +281,12 @@ def argument(check):
 
 def amp_dtype(args):
     """The dtype that --use_amp and --amp_dtype ask for: torch.float16, torch.bfloat16 or None for fp32."""
-    return getattr(torch, args.amp_dtype) if args.use_amp else None
+    if args.use_amp or args.amp_dtype:
+        return getattr(torch, args.amp_dtype or "float16")
+    return None
+
+
+def precision(args):
+    """The words for the precision: "float32", "float16 mixed precision" or "bfloat16 mixed precision"."""
+    dtype = amp_dtype(args)
+    return f"{str(dtype).removeprefix('torch.')} mixed precision" if dtype else "float32"

@@ -36,6 +36,10 @@ def command(main):
             code, message = 2, f"{name}: error: {e.filename or ''} {e.strerror or e}"
         except torch.OutOfMemoryError:
             code, message = 2, f"{name}: error: out of GPU memory; lower --batch_gpu (or n_channels)"
+        except RuntimeError as e:
+            if not dist.is_initialized() or not (isinstance(e, dist.DistBackendError) or "gloo" in str(e)):
+                raise
+            code, message = 1, f"{name}: lost contact with another process, whose own line says why"
         except KeyboardInterrupt:
             code, message = 130, f"{name}: interrupted"
         else:
@@ -85,13 +89,21 @@ class Runtime:
             dist.all_reduce(tensor)
         return tensor
 
+    def agree(self, value):
+        """Return the main process's value in all processes. Every process must call it."""
+        box = [value]
+        if self.world_size > 1:
+            dist.broadcast_object_list(box)
+        return box[0]
+
     @contextlib.contextmanager
-    def local_main_first(self):
-        """On each node one process goes first, and the others follow: for downloads."""
-        if self.local_rank > 0:
+    def in_turns(self):
+        """The main process goes first, then one of each other node, then the rest: for downloads."""
+        turn = 0 if self.is_main else 1 if self.local_rank == 0 else 2
+        for _ in range(turn):
             self.barrier()
         yield
-        if self.local_rank == 0:
+        for _ in range(2 - turn):
             self.barrier()
 
 
@@ -204,7 +216,7 @@ class Log:
         with atomic(path) as temporary:
             temporary.write_text("".join(kept))
         self.file = path.open("a", buffering=1)
-        self.tensorboard = SummaryWriter(Path(save_dir) / "tensorboard", purge_step=step + 1 if step else None)
+        self.tensorboard = SummaryWriter(Path(save_dir) / "tensorboard", purge_step=step + 1)
 
     def write(self, step, figures):
         """Write figures (a dict of numbers and None) at a step, counted in steps done."""

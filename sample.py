@@ -34,11 +34,14 @@ def main():
     args = parse_arguments()
     config = options.load_config(args.config, args.set)
     rt = runtime.start()
-    epoch = checkpoint.find(config, args.epoch)
-    settings = describe(config, args, epoch)
+    epoch = rt.agree(checkpoint.find(config, args.epoch))
     folder = Path(args.out or Path(config["save_dir"]) / "samples" / folder_name(epoch, args))
     denoiser = load_denoiser(config, args, epoch, rt)
-    missing = prepare(folder, settings, args.n_samples, rt)
+    refusal = rt.agree(claim(folder, config, args, epoch) if rt.is_main else None)
+    if refusal:
+        raise UserError(refusal)
+    missing = [i for i in range(args.n_samples) if not png(folder, i).exists()]
+    rt.barrier()        # No process writes before all have looked.
     rt.print(f"{args.weights} weights of epoch {epoch}, seed {args.seed}: {len(missing):,} of {args.n_samples:,} "
              f"images to make in {folder} ({rt.world_size} process{'es' * (rt.world_size > 1)} on "
              f"{runtime.device_name(rt.device)})")
@@ -78,39 +81,31 @@ def describe(config, args, epoch):
         sha256 = hashlib.file_digest(f, "sha256").hexdigest()
     return {"checkpoint_sha256": sha256, "epoch": epoch, "weights": args.weights, "seed": args.seed,
             "steps": args.steps, "eta": args.eta, "clip_denoised": args.clip_denoised,
-            "precision": args.amp_dtype if args.use_amp else "float32",
+            "precision": options.precision(args),
             "diffusion": config["diffusion"], "network": config["network"]}
 
 
-def prepare(folder, settings, n_samples, rt):
-    """Make the folder, or check that what it holds was made with the same settings. Return the missing images' numbers.
-
-    Raises UserError for a folder made with other settings.
-    """
-    note = folder / "settings.json"
+def claim(folder, config, args, epoch):
+    """Make the folder, or check that what it holds was made with the same settings; else return why it is refused."""
+    settings, note = describe(config, args, epoch), folder / "settings.json"
     runtime.check_writable(folder)
-    if rt.is_main:
-        runtime.make_folder(folder / "images")
-        if note.exists():
-            try:
-                made = dict(json.loads(note.read_text()))
-            except (ValueError, TypeError):
-                raise UserError(f"{note} is damaged: remove {folder}, or choose another folder with --out") from None
-            differences = [f"{key} {made.get(key)!r} there, {value!r} here"
-                           for key, value in settings.items() if made.get(key) != value]
-            if differences:
-                raise UserError(f"{folder} holds images made with other settings ({'; '.join(differences)}): "
-                                f"choose another folder with --out, or remove it")
-        elif any((folder / "images").iterdir()):
-            raise UserError(f"{folder}/images holds files, but no settings.json says how they were made: "
-                            f"choose another folder with --out")
-        else:
-            with runtime.atomic(note) as temporary:
-                temporary.write_text(json.dumps(settings, indent=1) + "\n")
-    rt.barrier()
-    missing = [i for i in range(n_samples) if not png(folder, i).exists()]
-    rt.barrier()        # No process writes before all have looked.
-    return missing
+    if note.exists():
+        try:
+            made = dict(json.loads(note.read_text()))
+        except (ValueError, TypeError):
+            return f"{note} is damaged: remove {folder}, or choose another folder with --out"
+        differences = [f"{key} {made.get(key)!r} there, {value!r} here"
+                       for key, value in settings.items() if made.get(key) != value]
+        if differences:
+            return (f"{folder} holds images made with other settings ({'; '.join(differences)}): "
+                    f"choose another folder with --out, or remove it")
+    elif any(folder.glob("images/*")):
+        return (f"{folder}/images holds files, but no settings.json says how they were made: "
+                f"choose another folder with --out")
+    runtime.make_folder(folder / "images")
+    with runtime.atomic(note) as temporary:
+        temporary.write_text(json.dumps(settings, indent=1) + "\n")
+    return None
 
 
 def png(folder, i):

@@ -26,6 +26,7 @@ import runtime
 from runtime import UserError
 
 MAX_BAD_STEPS = 20      # Steps in a row with NaN or Inf gradients after which training stops.
+NOISE, DROPOUT = 1, 2   # What a step's seeds are for.
 
 
 def main():
@@ -36,10 +37,10 @@ def main():
     check_batch(config, rt)
     describe(config, args, rt)
     runtime.check_writable(config["save_dir"])
-    start_epoch = epoch_to_load(config)
+    start_epoch = rt.agree(epoch_to_load(config))
     if args.dry_run:
         return
-    with rt.local_main_first():
+    with rt.in_turns():
         images, _ = data.load(config)
     if config["batch_size"] > len(images):
         raise UserError(f"batch_size {config['batch_size']} is more than the {len(images)} training images")
@@ -70,7 +71,7 @@ def describe(config, args, rt):
     rt.print(yaml.safe_dump(config, sort_keys=False, default_flow_style=None).rstrip())
     rt.print(f"--- {config['net_type']}: {n_parameters:,} parameters, {gflop:.1f} GFLOP per training image; "
              f"{rt.world_size} process{'es' * (rt.world_size > 1)} on {runtime.device_name(rt.device)}; "
-             f"{args.amp_dtype + ' mixed precision' if args.use_amp else 'float32'}")
+             f"{options.precision(args)}")
 
 
 def epoch_to_load(config):
@@ -93,7 +94,9 @@ class Training:
         self.config, self.rt, self.images = config, rt, images
         self.steps_per_epoch = len(images) // config["batch_size"]      # An incomplete last batch is dropped.
         self.batch_process = config["batch_size"] // rt.world_size
-        self.batch_gpu = min(args.batch_gpu or self.batch_process, self.batch_process)
+        # Passes of one size, at most --batch_gpu: torch.compile then sees one shape.
+        largest = min(args.batch_gpu or self.batch_process, self.batch_process)
+        self.batch_gpu = next(size for size in range(largest, 0, -1) if self.batch_process % size == 0)
         self.total_steps = config["n_epoch"] * self.steps_per_epoch
         self.max_steps = args.max_steps
         self.step = 0                                                   # Steps done.
@@ -124,13 +127,14 @@ class Training:
         # Optimizer.
         self.parameters = list(self.edm.parameters())
         self.optimizer = getattr(torch.optim, config["optim"])(
-            self.parameters, lr=config["lrate"], fused=True, **config["optim_args"])
+            self.parameters, lr=config["lrate"], fused=True,
+            **{name: value for name, value in config["optim_args"].items() if value is not None})
         self.scaler = torch.amp.GradScaler(rt.device.type, init_scale=64.0, enabled=amp_dtype == torch.float16)
 
     def draw(self):
         """Noise level (B,) ~ N(0,1), noise (B,C,H,W) ~ N(0,1) and flips (B,) of the step's total batch, B images."""
         B, shape = self.config["batch_size"], self.images.shape[1:]
-        g = self.generator.manual_seed(runtime.mix(self.config["seed"], self.step))
+        g = self.generator.manual_seed(runtime.mix(self.config["seed"], self.step, NOISE))
         level = torch.randn(B, generator=g, device=g.device)
         noise = torch.randn(B, *shape, generator=g, device=g.device)
         flip = torch.rand(B, generator=g, device=g.device) < (0.5 if self.config["flip"] else 0)
@@ -147,7 +151,7 @@ class Training:
     def training_step(self, index):
         """One step on the images number `index`, the total batch's (B,). Return the gradient norm, a scalar tensor."""
         rt = self.rt
-        torch.manual_seed(runtime.mix(self.config["seed"], self.step, rt.rank))     # Of the dropout.
+        torch.manual_seed(runtime.mix(self.config["seed"], self.step, DROPOUT, rt.rank))
         self.edm.train()
         lr = self.learning_rate()
         for group in self.optimizer.param_groups:
@@ -196,7 +200,8 @@ class Training:
         """Raise UserError after MAX_BAD_STEPS in a row; the GPU is waited for, so this is for when figures are read."""
         if self.bad_steps.item() >= MAX_BAD_STEPS:
             raise UserError(f"the gradients were NaN or Inf in {MAX_BAD_STEPS} steps in a row by step {self.step}: "
-                            f"training stops. Go on from a checkpoint with a lower lrate or --amp_dtype bfloat16")
+                            f"training stops. Go on from the last checkpoint with --amp_dtype bfloat16 or without "
+                            f"--use_amp, or begin anew in another save_dir with a lower lrate")
 
     def state(self, epoch):
         """The checkpoint: plain tensors and plain values."""
@@ -219,6 +224,9 @@ class Training:
             self.optimizer.load_state_dict(state["optimizer"])
         except (KeyError, ValueError, TypeError, AttributeError) as e:
             raise UserError(f"the checkpoint's optimizer state does not fit: {e!r}") from None
+        for p, tensors in self.optimizer.state.items():         # In the memory layout of this run.
+            tensors.update({name: torch.empty_like(p).copy_(value) for name, value in tensors.items()
+                            if value.shape == p.shape and p.ndim > 0})
         if self.scaler.is_enabled() and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
         self.step = state["step"]
@@ -303,13 +311,15 @@ def sample_grid(training, epoch, log):
     t, n = training, training.config["n_sample"]
     shape = t.images.shape[1:]
     samples = torch.zeros(n, *shape, dtype=torch.uint8, device=t.rt.device)
-    for part in torch.arange(t.rt.rank, n, t.rt.world_size).split(64):
-        samples[part] = edm.generate(t.edm_ema, part.tolist(), shape, t.rt.device, t.config["seed"])
+    mine = range(t.rt.rank, n, t.rt.world_size)
+    for start in range(0, len(mine), 64):
+        part = list(mine[start:start + 64])
+        samples[part] = edm.generate(t.edm_ema, part, shape, t.rt.device, t.config["seed"])
     samples = t.rt.all_reduce(samples).cpu()
     if not t.rt.is_main:
         return
     n_columns = math.ceil(math.sqrt(n))
-    real = t.images[:n].cpu()
+    real = t.images[::max(1, len(t.images) // n)][:n].cpu()
     image = torch.cat([data.grid(samples, n_columns), data.grid(real, n_columns)], dim=1)
     data.save_png(image, f"{t.config['save_dir']}/grids/{epoch:04d}.png")
     log.image(t.step, "samples above real images", image)

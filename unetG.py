@@ -49,7 +49,7 @@ class UNetG(nn.Module):
                 self.encoder.append(block(channels, channels, resample_mode="down"))
                 skips.append(channels)
 
-        # Middle: both of the decoder kind.
+        # Middle: both of the decoder kind (Config F, B.6).
         self.middle = nn.ModuleList([block(channels, channels, attention=True, decoder=True),
                                      block(channels, channels, decoder=True)])
 
@@ -64,7 +64,7 @@ class UNetG(nn.Module):
 
         # Output: no group norm, no SiLU (Config F).
         self.out_conv = Conv2d(channels, image_shape[0], 3)
-        self.out_gain = nn.Parameter(torch.zeros([]))       # Starts at 0 (Config G)
+        self.out_gain = nn.Parameter(torch.zeros([]))       # Learned, from 0 (Config G, Fig. 21)
 
     def forward(self, x, c_noise, return_features=False):
         """Return F (B,C,H,W); with return_features also {"out_1": ..., "out_2": ...}, each decoder block's output."""
@@ -86,10 +86,10 @@ class UNetG(nn.Module):
         features = {}
         for i, block in enumerate(self.decoder, 1):
             if block.resample_mode != "up":
-                x = mp_cat(x, skips.pop())
+                x = mp_cat(x, skips.pop())                  # Eq. 103
             x = block(x, emb)
             features[f"out_{i}"] = x
 
         # Output.
-        x = self.out_conv(x, self.out_gain)
+        x = self.out_conv(x).float() * self.out_gain        # In fp32: the gain's gradient sums over all pixels.
         return (x, features) if return_features else x

@@ -164,7 +164,7 @@ def test_the_best_u_is_the_log_of_the_weighted_error():
 
 @pytest.mark.parametrize("net_type", ["UNetC", "UNetG"])
 def test_a_trained_u_head_finds_the_weighted_error(tmp_path, net_type):
-    """F = 0 is fixed: D = c_skip·x has weighted error 1 + (0.3·σ/(σ²+0.25)·...)², which u(sigma) must learn to 10 %."""
+    """With F = 0 fixed, e^u(sigma) must come within 10 % of the measured weighted error of D = c_skip·x."""
     model = small_edm(net_type, tmp_path).train()
     model.net = Zero()
     optimizer = torch.optim.Adam(model.uncertainty.parameters(), lr=0.02)
@@ -184,6 +184,19 @@ def test_a_trained_u_head_finds_the_weighted_error(tmp_path, net_type):
         error = edm.edm_loss(model.denoise(y + sigma * torch.randn_like(y), many), y, many, STD).mean().item()
         with torch.no_grad():
             assert model.uncertainty(sigma.log() / 4).exp().item() == pytest.approx(error, rel=0.1)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("net_type", NETS)
+def test_block_features_of_the_denoiser(tmp_path, net_type, dtype):
+    model = small_edm(net_type, tmp_path).eval()
+    model.amp_dtype = dtype
+    x, sigma = torch.randn(3, 1, 8, 8), torch.tensor([0.002, 0.06, 0.14])
+    D_x, features = model.denoise(x, sigma, return_features=True)
+    torch.testing.assert_close(D_x, model.denoise(x, sigma))
+    assert {name: tuple(f.shape) for name, f in features.items()} == {
+        "out_1": (3, 32, 4, 4), "out_2": (3, 32, 8, 8), "out_3": (3, 32, 8, 8)}
+    assert all(f.dtype == (dtype or torch.float32) and torch.isfinite(f).all() for f in features.values())
 
 
 def test_u_is_not_part_of_the_network(tmp_path):

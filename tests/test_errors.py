@@ -19,6 +19,7 @@ def refused(tmp_path, script, *args, words, processes=None):
         assert done.stderr.strip().splitlines() == lines and len(lines) == 1, done.stderr
     else:                                           # torchrun adds its own report.
         assert done.returncode != 0 and lines, done.stderr
+        assert f'{script}", line' not in done.stderr, done.stderr
     assert "Traceback" not in "".join(lines)
     for word in words:
         assert word in lines[0], lines[0]

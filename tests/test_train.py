@@ -1,5 +1,6 @@
 """train.py as users run it: real processes, one, two and four of them."""
 
+import copy
 import json
 import math
 
@@ -38,12 +39,16 @@ def test_the_weights_do_not_depend_on_the_processes_or_passes(tmp_path, net_type
     assert distance(weights(one, 1), weights(start, 1)) > 0.01      # It does train.
     others = [same_run(tmp_path, "two", net_type, processes=2), same_run(tmp_path, "four", net_type, processes=4),
               same_run(tmp_path, "quarter", net_type, "--batch_gpu", 35),
-              same_run(tmp_path, "two_in_passes", net_type, "--batch_gpu", 35, processes=2)]
+              same_run(tmp_path, "uneven", net_type, "--batch_gpu", 30),
+              same_run(tmp_path, "two_in_passes", net_type, "--batch_gpu", 30, processes=2)]
     for other in others:
         for key in ALL:
             assert distance(weights(one, 1, key), weights(other, 1, key)) < 1e-4, (other, key)
         for a, b in zip(metrics(one), metrics(other), strict=True):
             assert a["loss"] == pytest.approx(b["loss"], rel=1e-3)
+        # Each process draws its share of the grid from its own EMA.
+        grids = [np.asarray(Image.open(folder / "grids" / "0001.png")).astype(int) for folder in (one, other)]
+        assert np.abs(grids[0] - grids[1]).max() <= 1
 
 
 @pytest.fixture(scope="module")
@@ -268,6 +273,35 @@ def test_bad_gradients_become_zero_and_then_stop_the_run(tmp_path, value):
         t.check_bad_steps()
 
 
+def test_a_bad_gradient_is_zero_for_adam_and_the_others_count(tmp_path):
+    """One NaN among the gradients: its weight moves as Adam moves it with gradient 0, all others as ever."""
+    good, bad = (training(tmp_path, "UNetC", batch_size=8) for _ in range(2))
+    for t in (good, bad):
+        t.training_step(torch.arange(8))
+    mask = torch.zeros_like(bad.edm.net.stem.weight)
+    mask[3, 1, 0, 2] = 1
+    for t, value in ((good, 0.0), (bad, math.nan)):
+        t.edm.net.stem.weight.register_hook(lambda grad, value=value: grad.masked_fill(mask.bool(), value))
+        t.training_step(torch.arange(8))
+    assert bad.bad_steps.item() == 1 and good.bad_steps.item() == 0
+    for a, b in zip(good.parameters, bad.parameters, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", [None, "float16"])
+def test_going_on_in_another_memory_layout(tmp_path, dtype):
+    whole, parts = (training(tmp_path, "UNetE", dtype, batch_size=8) for _ in range(2))
+    other = training(tmp_path, "UNetE", dtype, batch_size=8)
+    other.edm.to(memory_format=torch.contiguous_format)
+    for t, steps in ((whole, 6), (parts, 3)):
+        for _ in range(steps):
+            t.training_step(torch.arange(8))
+    other.restore(copy.deepcopy(parts.state(0)))
+    for _ in range(3):
+        other.training_step(torch.arange(8))
+    assert distance(whole.state(0)["network"], other.state(0)["network"]) < (1e-5 if dtype is None else 1e-2)
+
+
 def test_a_good_step_ends_the_row(tmp_path):
     t = training(tmp_path, batch_size=8)
     for _ in range(3):
@@ -323,6 +357,8 @@ def test_draws_are_functions_of_seed_and_step(tmp_path):
     assert 0 < first[2].sum() < 8 or t.config["batch_size"] == 8
     t.step = 1
     assert not any(torch.equal(a, b) for a, b in zip(first[:2], t.draw()[:2], strict=True))
+    rt_rank_0 = runtime.mix(0, 1, train_script.DROPOUT, 0)
+    assert rt_rank_0 != runtime.mix(0, 1, train_script.NOISE)          # Dropout shares nothing with the noise.
     t.step, t.config["seed"] = 0, 1
     assert not any(torch.equal(a, b) for a, b in zip(first[:2], t.draw()[:2], strict=True))
 
