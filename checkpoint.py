@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+import edm
 import options
 from runtime import UserError, atomic
 
@@ -16,6 +17,11 @@ KINDS = {"network": dict, "uncertainty": dict, "ema": dict, "ema_step": int, "op
 def path_of(config, epoch):
     """The file that epoch `epoch` leaves behind."""
     return Path(config["save_dir"]) / "ckpts" / f"model_{epoch}.pth"
+
+
+def samples_folder(config, epoch, variant=""):
+    """The folder of the images that sample.py makes from the checkpoint of `epoch`."""
+    return Path(config["save_dir"]) / "samples" / f"{epoch}{variant}"
 
 
 def epochs(config):
@@ -70,6 +76,21 @@ def restore(module, state_dict):
         if name not in state_dict or name not in own or own[name].shape != state_dict[name].shape:
             raise UserError(f"the checkpoint is of another network: they differ in {name}")
     module.load_state_dict(state_dict)
+
+
+def load_edm(config, epoch, weights, args, device):
+    """The EDM for sampling and features, with the "ema" or "model" weights of a checkpoint and the precision, memory
+    layout and compilation that the command line says. Raises UserError as load, check_same_network and restore do."""
+    state = load(config, epoch)
+    check_same_network(config, state["config"])
+    denoiser = edm.build(config, options.amp_dtype(args))
+    restore(denoiser.net, state["ema" if weights == "ema" else "network"])
+    denoiser.to(device).eval().requires_grad_(False)
+    if args.channels_last:
+        denoiser.to(memory_format=torch.channels_last)
+    if args.compile if args.compile is not None else device.type == "cuda":
+        denoiser.net.compile()
+    return denoiser
 
 
 def check_same_run(config, saved):

@@ -51,7 +51,8 @@ class EDM(nn.Module):
 
     def denoise(self, x, sigma, return_features=False):
         """D(x; sigma) in fp32 (EDM Eq. 7 and Table 1), x (B,C,H,W), sigma (B,); with return_features also the
-        outputs of the decoder blocks, {"out_1": (B,C',H',W'), ...}."""
+        outputs of the decoder blocks, {"out_1": (B,C',H',W'), ...}; with a block's name the network ends there and D
+        is None."""
         x, sigma = x.float(), sigma.float()
         s, s_d = sigma[:, None, None, None], self.sigma_data
         c_skip = s_d ** 2 / (s ** 2 + s_d ** 2)
@@ -61,7 +62,7 @@ class EDM(nn.Module):
         with torch.autocast(x.device.type, dtype=self.amp_dtype) if self.amp_dtype else contextlib.nullcontext():
             F_x = self.net(c_in * x, c_noise, return_features=return_features)
         F_x, features = F_x if return_features else (F_x, None)
-        D_x = c_skip * x + c_out * F_x.float()
+        D_x = None if F_x is None else c_skip * x + c_out * F_x.float()
         return (D_x, features) if return_features else D_x
 
     def forward(self, y, level, noise):
@@ -111,6 +112,14 @@ def cost(config):
         with FlopCounterMode(display=False) as counter:
             edm(y, torch.empty(1), torch.empty_like(y))[0].sum().backward()
     return sum(p.numel() for p in edm.net.parameters()), counter.get_total_flops() / 1e9
+
+
+def block_widths(config):
+    """The decoder blocks in order of execution and their channels, {"out_1": 256, ...}; allocates nothing."""
+    with torch.device("meta"), torch.no_grad():
+        x = torch.empty(1, *config["network"]["image_shape"])
+        _, features = build(config).denoise(x, torch.empty(1), return_features=True)
+    return {name: feature.shape[1] for name, feature in features.items()}
 
 
 # ----------------------------------------------------------------------------------------------------------------------

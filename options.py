@@ -163,7 +163,7 @@ KEYS = {
         "n_epoch": (integer(1), 15),
         "batch_size": (integer(1), 128),
         "lrate": (positive, 1e-3),
-        "timestep": (integer(1), 4),
+        "timestep": (integer(1, 18), 4),
         "blockname": (text, "out_6"),
     },
 }
@@ -254,19 +254,23 @@ def load_config(path, overrides=()):
 # ----------------------------------------------------------------------------------------------------------------------
 # Command line: what the commands share.
 
-def parser(docstring):
+def parser(docstring, config_required=True):
     """An argument parser with the flags that every command takes."""
     p = argparse.ArgumentParser(description=docstring, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--config", required=True, help="YAML file, such as config/cifar10/C.yaml")
+    p.add_argument("--config", required=config_required, help="YAML file, such as config/cifar10/C.yaml")
     p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the YAML")
+    p.add_argument("--batch_gpu", type=argument(integer(1)), metavar="N", help="images per process and pass at most")
+    return p
+
+
+def network_flags(p):
+    """Add the flags of the commands that run the network."""
     p.add_argument("--use_amp", action="store_true", help="mixed precision")
     p.add_argument("--amp_dtype", choices=["float16", "bfloat16"],
-                   help="mixed precision of this kind (default of --use_amp: float16, with a GradScaler)")
-    p.add_argument("--batch_gpu", type=argument(integer(1)), metavar="N", help="images per process and pass at most")
+                   help="mixed precision of this kind (default of --use_amp: float16, in training with a GradScaler)")
     p.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on CUDA)")
     p.add_argument("--channels_last", action=argparse.BooleanOptionalAction, default=True,
                    help="memory layout (B,H,W,C) of the activations")
-    return p
 
 
 def argument(check):
@@ -277,6 +281,31 @@ def argument(check):
         except ValueError as e:
             raise argparse.ArgumentTypeError(f"must be {e}, not {value!r}") from None
     return convert
+
+
+def comma_list(check):
+    """An argparse type: items with commas between, each of which passes `check`."""
+    return lambda value: [argument(check)(item.strip()) for item in value.split(",")]
+
+
+def span(low, high):
+    """An argparse type: whole numbers and ranges of them in [low, high], such as 1-4,8."""
+    def convert(value):
+        numbers = []
+        for item in value.split(","):
+            first, dash, last = item.partition("-")
+            first = argument(integer(low, high))(first)
+            last = argument(integer(low, high))(last) if dash else first
+            numbers += range(first, last + 1)
+        if not numbers:
+            raise argparse.ArgumentTypeError(f"{value!r} is an empty range")
+        return sorted(set(numbers))
+    return convert
+
+
+def epochs(value):
+    """An argparse type: epochs with commas between, or "all"."""
+    return value if value == "all" else comma_list(integer(0))(value)
 
 
 def amp_dtype(args):

@@ -2,12 +2,15 @@
 
 import contextlib
 import functools
+import hashlib
 import json
 import math
 import os
+import shlex
 import sys
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import datetime, timedelta
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -173,6 +176,12 @@ def make_folder(folder):
     return Path(folder)
 
 
+def sha256(path):
+    """The SHA-256 of a file, as hex digits."""
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
 @contextlib.contextmanager
 def atomic(path):
     """Yield a temporary name beside `path`; what is written there becomes `path` at the end, whole or not at all.
@@ -197,6 +206,28 @@ def step_of(line):
         return json.loads(line)["step"]
     except (ValueError, KeyError, TypeError):
         return math.inf
+
+
+def seen_mimg(config, epoch, n_images):
+    """Million training images seen by the end of an epoch, of n_images in the training set."""
+    return (epoch + 1) * (n_images // config["batch_size"]) * config["batch_size"] / 1e6
+
+
+def record(config, result, device):
+    """Append a result (figure, value, epoch, ...) as one line to save_dir/results.jsonl, with the command, versions,
+    device and date behind it, and show it in TensorBoard at its epoch."""
+    from torch.utils.tensorboard import SummaryWriter  # Slow to import: only where it is used.
+    line = {**result, "dataset": config["dataset"], "net_type": config["net_type"],
+            "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+            "versions": {name: metadata.version(name) for name in ("torch", "torchvision", "torch-fidelity", "numpy")},
+            "processes": int(os.environ.get("WORLD_SIZE", 1)), "device": device_name(device),
+            "date": datetime.now().astimezone().isoformat(timespec="seconds")}
+    path = make_folder(config["save_dir"]) / "results.jsonl"
+    cut = path.exists() and path.stat().st_size > 0 and path.read_bytes()[-1:] != b"\n"
+    with open(path, "a") as f:
+        f.write("\n" * cut + json.dumps(line) + "\n")
+    with SummaryWriter(Path(config["save_dir"]) / "tensorboard") as tensorboard:
+        tensorboard.add_scalar(result["figure"], result["value"], result["epoch"])
 
 
 class Log:

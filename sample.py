@@ -8,7 +8,6 @@ Images go to save_dir/samples/<epoch>/images/000000.png ..., beside grid.png. Im
 processes and batches. Started again, it makes only the images that are missing.
 """
 
-import hashlib
 import json
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -35,8 +34,8 @@ def main():
     config = options.load_config(args.config, args.set)
     rt = runtime.start()
     epoch = rt.agree(checkpoint.find(config, args.epoch))
-    folder = Path(args.out or Path(config["save_dir"]) / "samples" / folder_name(epoch, args))
-    denoiser = load_denoiser(config, args, epoch, rt)
+    folder = Path(args.out or checkpoint.samples_folder(config, epoch, variant(args)))
+    denoiser = checkpoint.load_edm(config, epoch, args.weights, args, rt.device)
     refusal = rt.agree(claim(folder, config, args, epoch) if rt.is_main else None)
     if refusal:
         raise UserError(refusal)
@@ -54,6 +53,7 @@ def main():
 def parse_arguments():
     """The command line."""
     p = options.parser(__doc__)
+    options.network_flags(p)
     count, index, unit = (options.argument(check) for check in
                           (options.integer(1), options.integer(0), options.number(0, 1)))
     p.add_argument("--epoch", type=index, help="checkpoint (default: the newest)")
@@ -68,20 +68,18 @@ def parse_arguments():
     return p.parse_args()
 
 
-def folder_name(epoch, args):
-    """The epoch, and what is not as usual."""
-    return (f"{epoch}" + "_model" * (args.weights == "model") + f"_seed{args.seed}" * (args.seed > 0)
+def variant(args):
+    """What is not as usual, for the folder's name."""
+    return ("_model" * (args.weights == "model") + f"_seed{args.seed}" * (args.seed > 0)
             + f"_steps{args.steps}" * (args.steps != 18) + f"_eta{args.eta:g}" * (args.eta > 0)
             + "_clip" * args.clip_denoised)
 
 
 def describe(config, args, epoch):
     """All that decides what the images look like."""
-    with open(checkpoint.path_of(config, epoch), "rb") as f:
-        sha256 = hashlib.file_digest(f, "sha256").hexdigest()
-    return {"checkpoint_sha256": sha256, "epoch": epoch, "weights": args.weights, "seed": args.seed,
-            "steps": args.steps, "eta": args.eta, "clip_denoised": args.clip_denoised,
-            "precision": options.precision(args),
+    return {"checkpoint_sha256": runtime.sha256(checkpoint.path_of(config, epoch)),
+            "epoch": epoch, "weights": args.weights, "seed": args.seed, "steps": args.steps,
+            "eta": args.eta, "clip_denoised": args.clip_denoised, "precision": options.precision(args),
             "diffusion": config["diffusion"], "network": config["network"]}
 
 
@@ -111,20 +109,6 @@ def claim(folder, config, args, epoch):
 def png(folder, i):
     """The file of image i."""
     return folder / "images" / f"{i:06d}.png"
-
-
-def load_denoiser(config, args, epoch, rt):
-    """The EDM with the weights of a checkpoint. Raises UserError where it is damaged or of another network."""
-    state = checkpoint.load(config, epoch)
-    checkpoint.check_same_network(config, state["config"])
-    denoiser = edm.build(config, options.amp_dtype(args))
-    checkpoint.restore(denoiser.net, state["ema" if args.weights == "ema" else "network"])
-    denoiser.to(rt.device).eval()
-    if args.channels_last:
-        denoiser.to(memory_format=torch.channels_last)
-    if args.compile if args.compile is not None else rt.device.type == "cuda":
-        denoiser.net.compile()
-    return denoiser
 
 
 def write_images(denoiser, missing, folder, config, args, rt):

@@ -53,6 +53,7 @@ def main():
 def parse_arguments():
     """The command line."""
     p = options.parser(__doc__)
+    options.network_flags(p)
     p.add_argument("--dry_run", action="store_true", help="print what would be trained and stop")
     p.add_argument("--max_steps", type=options.argument(options.integer(1)), metavar="N",
                    help="stop after step N, without a checkpoint: for a quick look at speed and memory")

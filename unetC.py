@@ -68,7 +68,8 @@ class UNetC(nn.Module):
         self.out_conv = Conv2d(channels, image_shape[0], 3)
 
     def forward(self, x, c_noise, return_features=False):
-        """Return F (B,C,H,W); with return_features also {"out_1": ..., "out_2": ...}, each decoder block's output."""
+        """Return F (B,C,H,W); with return_features also {"out_1": ..., "out_2": ...}, each decoder block's output;
+        with return_features a block's name, the decoder ends there and F is None."""
         # Noise embedding.
         emb = F.silu(self.emb0(self.fourier(c_noise)))
         emb = F.silu(self.emb1(emb))
@@ -91,6 +92,8 @@ class UNetC(nn.Module):
                 x = torch.cat([x, skips.pop()], dim=1)
             x = block(x, emb)
             features[f"out_{i}"] = x
+            if return_features == f"out_{i}":
+                return None, features
 
         # Output.
         x = self.out_conv(F.silu(self.out_norm(x)))

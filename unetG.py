@@ -67,7 +67,8 @@ class UNetG(nn.Module):
         self.out_gain = nn.Parameter(torch.zeros([]))       # Learned, from 0 (Config G, Fig. 21)
 
     def forward(self, x, c_noise, return_features=False):
-        """Return F (B,C,H,W); with return_features also {"out_1": ..., "out_2": ...}, each decoder block's output."""
+        """Return F (B,C,H,W); with return_features also {"out_1": ..., "out_2": ...}, each decoder block's output;
+        with return_features a block's name, the decoder ends there and F is None."""
         # Noise embedding.
         emb = mp_silu(self.emb0(self.fourier(c_noise)))
 
@@ -89,6 +90,8 @@ class UNetG(nn.Module):
                 x = mp_cat(x, skips.pop())                  # Eq. 103
             x = block(x, emb)
             features[f"out_{i}"] = x
+            if return_features == f"out_{i}":
+                return None, features
 
         # Output.
         x = self.out_conv(x).float() * self.out_gain        # In fp32: the gain's gradient sums over all pixels.
