@@ -357,7 +357,7 @@ def read_settings(folder):
 
 def report(config, epoch, folders, values, n, n_reference, extractor, seconds, rt):
     """Append the figures of one checkpoint to results.jsonl: of several seeds the least and the mean."""
-    made = read_settings(folders[0])
+    made, lines = read_settings(folders[0]), []
     for figure, found in values.items():
         best = (max if figure.split("(")[0] in ("IS", "precision", "recall") else min)(found)
         line = {"figure": figure, "value": best, "n": n, "n_reference": n_reference,
@@ -369,7 +369,8 @@ def report(config, epoch, folders, values, n, n_reference, extractor, seconds, r
         if len(found) > 1:
             line |= {"values": found, "mean": statistics.mean(found)}
             print(f"{figure} of {len(found)} seeds: best {best:.6g}, mean {line['mean']:.6g}")
-        runtime.record(config, line, rt.device)
+        lines.append((figure, line))
+    runtime.record(config, lines, rt.device)
 
 
 def count(n):

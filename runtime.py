@@ -213,11 +213,13 @@ def seen_mimg(config, epoch, n_images):
     return (epoch + 1) * (n_images // config["batch_size"]) * config["batch_size"] / 1e6
 
 
-def record(config, result, device):
-    """Append a result (figure, value, epoch, ...) as one line to save_dir/results.jsonl, with the command, versions,
-    device and date behind it, and show it in TensorBoard at its epoch."""
+def record(config, results, device):
+    """Append results to save_dir/results.jsonl, one line each, and show them in TensorBoard at their epochs.
+
+    results: (TensorBoard's name, {figure, value, epoch, ...}) each; the command, versions, device and date are added.
+    """
     from torch.utils.tensorboard import SummaryWriter  # Slow to import: only where it is used.
-    line = {**result, "dataset": config["dataset"], "net_type": config["net_type"],
+    common = {"dataset": config["dataset"], "net_type": config["net_type"],
             "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
             "versions": {name: metadata.version(name) for name in ("torch", "torchvision", "torch-fidelity", "numpy")},
             "processes": int(os.environ.get("WORLD_SIZE", 1)), "device": device_name(device),
@@ -225,9 +227,10 @@ def record(config, result, device):
     path = make_folder(config["save_dir"]) / "results.jsonl"
     cut = path.exists() and path.stat().st_size > 0 and path.read_bytes()[-1:] != b"\n"
     with open(path, "a") as f:
-        f.write("\n" * cut + json.dumps(line) + "\n")
+        f.write("\n" * cut + "".join(json.dumps(result | common) + "\n" for _, result in results))
     with SummaryWriter(Path(config["save_dir"]) / "tensorboard") as tensorboard:
-        tensorboard.add_scalar(result["figure"], result["value"], result["epoch"])
+        for name, result in results:
+            tensorboard.add_scalar(name, result["value"], result["epoch"])
 
 
 class Log:

@@ -1,5 +1,6 @@
 """What the tests share: a tiny config, the commands as real processes, and where the real data lie."""
 
+import hashlib
 import os
 import subprocess
 import sys
@@ -58,3 +59,25 @@ def distance(a, b):
     """L2 of the difference of two state dicts over the L2 of the first."""
     flat_a, flat_b = (torch.cat([v.flatten().double() for v in state.values()]) for state in (a, b))
     return ((flat_a - flat_b).norm() / flat_a.norm()).item()
+
+
+@pytest.fixture(scope="session")
+def inception_weights(tmp_path_factory):
+    """A file with random weights in the layout of the FID's Inception-v3, whose features vary, and its SHA-256."""
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    class Unloaded(FeatureExtractorInceptionV3):
+        def load_state_dict(self, state_dict):
+            """The constructor has nothing to load yet."""
+
+    path = tmp_path_factory.mktemp("inception") / "random.pth"
+    torch.save({}, path)
+    weights = Unloaded("inception-v3-compat", ["2048"], feature_extractor_weights_path=path).state_dict()
+    g = torch.Generator().manual_seed(0)
+    for name, tensor in weights.items():
+        if name.endswith("conv.weight"):
+            tensor.normal_(0, (2 / tensor[0].numel()) ** 0.5, generator=g)      # He: activations keep their size.
+        elif name.endswith(("bn.bias", "fc.weight")):
+            tensor.normal_(0, 0.1, generator=g)
+    torch.save(weights, path)
+    return path, hashlib.sha256(path.read_bytes()).hexdigest()
