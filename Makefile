@@ -1,4 +1,4 @@
-# make demo: train on the built-in digits, sample, show where the pictures are.    make test: ruff and pytest.
+# make demo: train on the built-in digits, sample, score, show where the pictures are.    make test: ruff and pytest.
 # Each sets itself up in .venv first; done again, that takes no time. Needs Python 3.11 or newer: make demo PYTHON=python3.12
 
 PYTHON ?= python3
@@ -9,7 +9,10 @@ DEMO := --config config/digits/G.yaml
 
 demo: .venv/installed
 	$(BIN)/python train.py $(DEMO)
-	$(BIN)/python sample.py $(DEMO) --n_samples 64
+	$(BIN)/python sample.py $(DEMO) --n_samples 500
+	$(BIN)/python fid.py $(DEMO) --features pixels
+	$(BIN)/python probe.py $(DEMO)
+	$(BIN)/python results.py runs/digits/G --out runs/digits/G/results.png
 	@echo "Watch the training curves: $(BIN)/tensorboard --logdir runs/digits/G/tensorboard"
 
 test: .venv/installed-dev

@@ -40,21 +40,13 @@ class Images:
         if not n:
             raise UserError(f"{name}: there are no images")
         self.name, self.n, self.read = name, n, read
-        self.shape = read(0).shape
-
-    def get(self, i):
-        """Image i. Raises UserError where it is not of the size of the first."""
-        image = self.read(i)
-        if image.shape != self.shape:
-            raise UserError(f"{self.name}: image {i} has shape {list(image.shape)}, the first {list(self.shape)}")
-        return image
 
     def batches(self, indices, size):
         """The images number `indices` in batches (B,C,H,W) uint8, read by threads a few batches ahead."""
         ahead = deque()
         with ThreadPoolExecutor(min(8, os.cpu_count())) as pool:
             for start in range(0, len(indices), size):
-                ahead.append(pool.map(self.get, indices[start:start + size]))
+                ahead.append(pool.map(self.read, indices[start:start + size]))
                 if len(ahead) > 3:
                     yield torch.from_numpy(np.stack(list(ahead.popleft())))
             for batch in ahead:

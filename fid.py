@@ -21,7 +21,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 import checkpoint
 import data
@@ -31,7 +30,6 @@ import runtime
 from runtime import UserError
 
 METRICS = ("kid", "is", "precision", "recall")
-FULL = 50_000           # Images of a figure that can be compared with published ones.
 
 
 def main():
@@ -53,7 +51,7 @@ def parse_arguments():
     p.add_argument("--epoch", type=options.epochs, help="checkpoints, such as 500,1000, or all (default: the newest)")
     p.add_argument("--repeat", type=count, default=1, help="sets of samples, of seeds 0, 1, ... (default: 1)")
     p.add_argument("--images", metavar="DIR", help="score this folder of sample.py, made with other flags or --out")
-    p.add_argument("--n_samples", type=count, default=FULL, help="images of a set at most (default: 50000)")
+    p.add_argument("--n_samples", type=count, default=runtime.FULL, help="images of a set at most (default: 50000)")
     p.add_argument("--features", choices=[*features.WEIGHTS, "pixels"], default="inception")
     p.add_argument("--weights", metavar="FILE", help="weights of the features (default: torch's hub cache, a download)")
     p.add_argument("--weights_sha256", metavar="HEX", help="for other weights than the published ones: their SHA-256; "
@@ -67,6 +65,8 @@ def parse_arguments():
         p.error("the Inception score (is) needs --features inception")
     if args.images and (args.epoch or args.repeat > 1):
         p.error("--images says which samples: leave out --epoch and --repeat")
+    if args.paths and (args.set or args.epoch or args.images or args.repeat > 1):
+        p.error("--set, --epoch, --repeat and --images need --config")
     return args
 
 
@@ -120,8 +120,7 @@ def compute(images, extractor, rt, batch_size=None, keep=False):
     kept = [torch.zeros(images.n, width) for width in widths] if keep else []
     mine = range(rt.rank, images.n, rt.world_size)
     size = batch_size or (256 if rt.device.type == "cuda" else 32)
-    with tqdm(total=len(mine), unit="img", unit_scale=rt.world_size if rt.world_size > 1 else False,
-              desc=images.name[-40:], disable=not rt.is_main, mininterval=0.5 if sys.stderr.isatty() else 30) as bar:
+    with rt.bar(len(mine), "img", images.name[-40:], shared=True) as bar:
         done = 0
         for batch in images.batches(mine, size):
             out = extractor(batch)
@@ -257,17 +256,14 @@ def write_cache(path, stats, about):
 
 def score_pair(args, rt):
     """Compare the two sets of the command line and print the figures."""
-    extractor, pair = None, []
-    for path in args.paths:
-        source = open_source(path, args.n_samples)
-        if not isinstance(source, Statistics):
-            extractor = extractor or make_extractor(args, rt)
-            source = compute(source, extractor, rt, args.batch_gpu, keep=bool(args.metrics))
-        elif args.metrics:
-            raise UserError(f"{path} holds statistics: --metrics needs the images themselves")
-        pair.append(source)
+    pair = [open_source(path, args.n_samples) for path in args.paths]
+    given = [source.name for source in pair if isinstance(source, Statistics)]
+    if given and args.metrics:
+        raise UserError(f"{given[0]} holds statistics: --metrics needs the images themselves")
+    extractor = make_extractor(args, rt) if len(given) < 2 else None
+    a, b = (source if isinstance(source, Statistics) else
+            compute(source, extractor, rt, args.batch_gpu, keep=bool(args.metrics)) for source in pair)
     if rt.is_main:
-        a, b = pair
         name = extractor.figure("FID") if extractor else "Fréchet distance"
         others = other_metrics(args.metrics, a, b, extractor) if args.metrics else {}
         for figure, value in {name: distance(a, b), **others}.items():
@@ -335,7 +331,7 @@ def find_sets(config, args):
         for seed, folder in enumerate(folders):
             command = ["python", "sample.py", "--config", args.config, "--epoch", str(epoch)]
             command += ["--seed", str(seed)] * (seed > 0) + [word for item in args.set for word in ("--set", item)]
-            command += ["--n_samples", str(args.n_samples)] * (args.n_samples != FULL)
+            command += ["--n_samples", str(args.n_samples)] * (args.n_samples != runtime.FULL)
             settings = read_settings(folder)
             if not settings or not any((folder / "images").glob("*.png")):
                 return None, f"no images of epoch {epoch} in {folder}: make them with: {shlex.join(command)}"
@@ -380,9 +376,10 @@ def count(n):
 
 def warn_small(n, n_reference):
     """Say why a figure of few images is not the published kind."""
-    if any(known is not None and known < FULL for known in (n, n_reference)):
-        print(f"warning: n is {count(n)} and {count(n_reference)}: from fewer than {FULL:,} images the distance comes "
-              f"out too high (its bias grows as 1/n): compare it only with figures of the same n", file=sys.stderr)
+    if any(known is not None and known < runtime.FULL for known in (n, n_reference)):
+        print(f"warning: n is {count(n)} and {count(n_reference)}: from under {runtime.FULL:,} images the distance "
+              f"comes out too high (its bias grows as 1/n): compare it only with figures of the same n",
+              file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ Accuracies are appended to save_dir/results.jsonl and written to TensorBoard; a 
 
 import os
 import shutil
-import sys
 import tempfile
 import time
 from dataclasses import dataclass
@@ -19,7 +18,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 import checkpoint
 import data
@@ -127,9 +125,8 @@ def extract(denoiser, images, labels, pairs, n_passes, kind, config, args, rt):
     images = data.to_device(images, rt.device)
     last = max(pairs, key=lambda pair: pair.number).block       # The decoder ends there.
     g = torch.Generator(rt.device)
-    with tqdm(total=n_passes * len(share), unit="img", unit_scale=rt.world_size if rt.world_size > 1 else False,
-              desc={TRAIN: "train features", TEST: "test features"}[kind], disable=not rt.is_main,
-              mininterval=0.5 if sys.stderr.isatty() else 30) as bar:
+    with rt.bar(n_passes * len(share), "img", {TRAIN: "train features", TEST: "test features"}[kind],
+                shared=True) as bar:
         for draw in range(n_passes):
             for start in starts:
                 g.manual_seed(runtime.mix(args.seed, draw, start, kind))
@@ -210,8 +207,7 @@ def probe(train, test, pairs, classes, linear, seed, rt):
     optimizer = torch.optim.Adam([weight, bias], lr=linear["lrate"], fused=True)
     steps = linear["n_epoch"] * -(-train.n // linear["batch_size"])
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    with tqdm(total=steps, unit="step", desc=f"{len(pairs)} head{'s' * (len(pairs) > 1)}", disable=not rt.is_main,
-              mininterval=0.5 if sys.stderr.isatty() else 30) as bar:
+    with rt.bar(steps, "step", f"{len(pairs)} head{'s' * (len(pairs) > 1)}") as bar:
         for epoch in range(linear["n_epoch"]):
             for rows, draws, size in epoch_batches(train, linear["batch_size"], runtime.mix(seed, ORDER), epoch):
                 x = train.values[draws, rows].to(rt.device)

@@ -15,7 +15,6 @@ from runtime import UserError
 
 NAMES = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "tinyimagenet": "Tiny ImageNet", "digits": "digits",
          "folder": "folder"}
-FULL = 50_000       # Images of a distance that needs no remark.
 
 
 def main():
@@ -120,7 +119,7 @@ def cell(lines, figure):
     if not lines:
         return "-"
     best = (min if is_distance(figure) else max)(lines, key=lambda line: line["value"])
-    remark = f" (n={best['n']:,})" * (is_distance(figure) and best["n"] < FULL)
+    remark = f" (n={best['n']:,})" * (is_distance(figure) and best["n"] < runtime.FULL)
     return f"{best['value']:.2f} @ {best['epoch']}{remark}"
 
 
@@ -136,7 +135,7 @@ def draw(results, figures, out):
     for axes, name in zip(panels, figures, strict=True):
         for label, lines in zip(labels, results.values(), strict=True):
             best = best_by_epoch(lines, name)
-            remark = f", n={best[0]['n']:,}" if best and is_distance(name) and best[0]["n"] < FULL else ""
+            remark = f", n={best[0]['n']:,}" if best and is_distance(name) and best[0]["n"] < runtime.FULL else ""
             axes.plot([line["Mimg"] for line in best], [line["value"] for line in best], "o-", label=label + remark)
         axes.set_title(name if is_distance(name) else "linear probe")
         axes.set_xlabel("training images (Mimg)")

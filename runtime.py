@@ -16,6 +16,9 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
+
+FULL = 50_000       # Samples of a figure that can be compared with published ones.
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Errors that a user can cause: one line on stderr, exit code 2.
@@ -98,6 +101,12 @@ class Runtime:
         if self.world_size > 1:
             dist.broadcast_object_list(box)
         return box[0]
+
+    def bar(self, total, unit, desc=None, initial=0, shared=False):
+        """A progress bar of the main process; `shared`: it counts its own share, the bar shows that of all."""
+        return tqdm(total=total, unit=unit, desc=desc, initial=initial, disable=not self.is_main,
+                    unit_scale=self.world_size if shared and self.world_size > 1 else False,
+                    mininterval=0.5 if sys.stderr.isatty() else 30)
 
     @contextlib.contextmanager
     def in_turns(self):

@@ -9,14 +9,12 @@ processes and batches. Started again, it makes only the images that are missing.
 """
 
 import json
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 import checkpoint
 import data
@@ -57,7 +55,7 @@ def parse_arguments():
     count, index, unit = (options.argument(check) for check in
                           (options.integer(1), options.integer(0), options.number(0, 1)))
     p.add_argument("--epoch", type=index, help="checkpoint (default: the newest)")
-    p.add_argument("--n_samples", type=count, default=50000, help="number of images (default: 50000)")
+    p.add_argument("--n_samples", type=count, default=runtime.FULL, help="number of images (default: 50000)")
     p.add_argument("--seed", type=index, default=0, help="image i is a function of (seed, i)")
     p.add_argument("--weights", choices=["ema", "model"], default="ema", help="averaged (default) or raw weights")
     p.add_argument("--steps", type=count, default=18, help="sampler steps (default: 18, NFE 35)")
@@ -115,9 +113,7 @@ def write_images(denoiser, missing, folder, config, args, rt):
     """Sample this process's images in batches; threads write the PNGs while the next batch is computed."""
     shape = config["network"]["image_shape"]
     size = args.batch_gpu or (512 if rt.device.type == "cuda" else 64)
-    with (ThreadPoolExecutor(4) as pool,
-          tqdm(total=len(missing), unit="img", disable=not rt.is_main,
-               mininterval=0.5 if sys.stderr.isatty() else 30) as bar):
+    with ThreadPoolExecutor(4) as pool, rt.bar(len(missing), "img", shared=True) as bar:
         writing = []
         for start in range(0, len(missing), size):
             part = missing[start:start + size]

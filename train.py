@@ -9,14 +9,12 @@ Only show what it would do: add --dry_run. Started again, it goes on from the ne
 
 import contextlib
 import math
-import sys
 import time
 import warnings
 
 import torch
 import yaml
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 import checkpoint
 import data
@@ -249,9 +247,7 @@ def train(training):
     if start_epoch:
         rt.print(f"going on in {config['save_dir']} after epoch {start_epoch - 1}, step {t.step}")
     log = runtime.Log(config["save_dir"], t.step, rt.is_main)
-    bar = tqdm(total=t.total_steps, initial=t.step, unit="step", disable=not rt.is_main,
-               mininterval=0.5 if sys.stderr.isatty() else 30)
-    with contextlib.closing(log), bar:
+    with contextlib.closing(log), rt.bar(t.total_steps, "step", initial=t.step) as bar:
         meter = Meter(t)
         for epoch in range(start_epoch, config["n_epoch"]):
             order = data.epoch_order(len(t.images), config["seed"], epoch).to(t.images.device)

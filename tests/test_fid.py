@@ -299,7 +299,7 @@ if rt.is_main: np.savez({str(tmp_path)!r} + f"/{{rt.world_size}}.npz", mu=stats.
 
 def refused(*args, words):
     done = run("fid.py", *args)
-    message = [line for line in done.stderr.splitlines() if "img/s" not in line]
+    message = [line for line in done.stderr.splitlines() if line.strip() and "img/s" not in line]
     assert done.returncode == 2 and len(message) == 1 and message[0].startswith("fid.py: error: "), done.stderr
     for word in words:
         assert str(word) in message[0], message[0]
@@ -409,7 +409,8 @@ def test_images_of_another_checkpoint(trained, tmp_path):
 
 
 @pytest.mark.parametrize("args", [[], ["a"], ["a", "b", "c"], ["a", "b", "--metrics", "fid"],
-                                  ["a", "b", "--features", "pixels", "--metrics", "is"], ["a", "b", "--repeat", "0"]])
+                                  ["a", "b", "--features", "pixels", "--metrics", "is"], ["a", "b", "--repeat", "0"],
+                                  ["a", "b", "--epoch", "3"], ["a", "b", "--set", "n_epoch=3"]])
 def test_arguments_are_refused(args):
     done = run("fid.py", *args)
     assert done.returncode == 2 and "error: " in done.stderr and "Traceback" not in done.stderr
