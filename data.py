@@ -107,6 +107,7 @@ def load_folder(root, train, shape):
     Training images lie in root/train where that exists, else in root; test images in root/val or root/test.
     """
     from torchvision.datasets import ImageFolder
+    from torchvision.datasets.folder import find_classes
     names = ["train", "."] if train else ["val", "test"]
     folder = next((root / name for name in names if (root / name).is_dir()), None)
     if folder is None:
@@ -114,8 +115,12 @@ def load_folder(root, train, shape):
                         f"data_root {root} is not a folder")
     try:
         samples = ImageFolder(folder).samples
+        trained = find_classes(root / "train" if (root / "train").is_dir() else root)[0]
+        differences = sorted(set(trained) ^ set(find_classes(folder)[0]))
     except (FileNotFoundError, PermissionError) as e:
         raise UserError(f"{folder}: {e}") from None
+    if differences:                         # The labels are the ranks of the names.
+        raise UserError(f"{folder} has other classes than the training images: they differ in {differences[0]}")
     return decode([path for path, _ in samples], shape), np.array([label for _, label in samples], np.int64)
 
 

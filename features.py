@@ -2,8 +2,6 @@
 
 import os
 import urllib.error
-import zipfile
-import zlib
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
@@ -59,13 +57,20 @@ def array_images(name, array, limit=None):
     return Images(name, len(array[:limit]), lambda i: array[i])
 
 
+def image_files(folder):
+    """The image files of a folder, by name; [] where there is no such folder."""
+    folder = Path(folder)
+    return sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith(".")
+                  ) if folder.is_dir() else []
+
+
 def folder_images(folder, limit=None):
     """The image files of a folder, in the order of their names: at most `limit`. Gray ones have one channel, unless
     the first is in colour. Raises UserError for an empty folder and, naming it, a damaged or differently sized file."""
     folder = Path(folder)
     if (folder / "settings.json").exists() and (folder / "images").is_dir():
         folder /= "images"                  # What sample.py made, named by its parent.
-    paths = sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))[:limit]
+    paths = image_files(folder)[:limit]
     if not paths:
         raise UserError(f"{folder}: there are no images in this folder")
 
@@ -98,8 +103,7 @@ def read_npz(path):
             return {name: file[name] for name in file.files}
     except FileNotFoundError:
         raise UserError(f"{path}: no such file or folder") from None
-    except (OSError, ValueError, EOFError, KeyError, AttributeError, TypeError, NotImplementedError, MemoryError,
-            SyntaxError, zipfile.BadZipFile, zlib.error) as e:
+    except Exception as e:                  # numpy and zipfile raise whatever a damaged file leads them to.
         raise UserError(f"{path} is not a whole .npz file: {str(e).partition(chr(10))[0] or 'it is cut'}") from None
 
 
@@ -125,19 +129,22 @@ class Extractor:
     """
 
     def __init__(self, name, rt, weights=None, sha256=None, logits=False):
-        self.name, self.device, self.sha256 = name, rt.device, None
+        self.name, self.device, self.sha256, self.weights = name, rt.device, None, weights
         self.label, self.version = "pixels", "1"
         if name == "pixels":
             self.network = lambda images: (pixels(images),)
             return
         path, self.sha256 = find_weights(name, rt, weights, sha256)
+        self.weights = path
         self.label = WEIGHTS[name][3]
         if self.sha256 != WEIGHTS[name][2]:
             self.label += f"-{self.sha256[:8]}"
         elif name == "inception":
             self.label = None
         self.version = f"torch-fidelity {metadata.version('torch-fidelity')}"
-        self.network = load_network(name, path, logits).to(self.device, memory_format=torch.channels_last)
+        with rt.in_turns():                 # torch.hub fetches DINOv2's code.
+            network = load_network(name, path, logits)
+        self.network = network.to(self.device, memory_format=torch.channels_last)
         torch.backends.cudnn.allow_tf32 = False     # Full precision: the figure is compared with other people's.
 
     @torch.inference_mode()

@@ -51,7 +51,7 @@ def parse_arguments():
     p.add_argument("--epoch", type=options.epochs, help="checkpoints, such as 500,1000, or all (default: the newest)")
     p.add_argument("--repeat", type=count, default=1, help="sets of samples, of seeds 0, 1, ... (default: 1)")
     p.add_argument("--images", metavar="DIR", help="score this folder of sample.py, made with other flags or --out")
-    p.add_argument("--n_samples", type=count, default=runtime.FULL, help="images of a set at most (default: 50000)")
+    p.add_argument("--n_samples", type=count, help="images of a set at most (default: 50000; of A and B: all)")
     p.add_argument("--features", choices=[*features.WEIGHTS, "pixels"], default="inception")
     p.add_argument("--weights", metavar="FILE", help="weights of the features (default: torch's hub cache, a download)")
     p.add_argument("--weights_sha256", metavar="HEX", help="for other weights than the published ones: their SHA-256; "
@@ -65,8 +65,12 @@ def parse_arguments():
         p.error("the Inception score (is) needs --features inception")
     if args.images and (args.epoch or args.repeat > 1):
         p.error("--images says which samples: leave out --epoch and --repeat")
+    if args.features == "pixels" and (args.weights or args.weights_sha256):
+        p.error("--features pixels has no weights")
     if args.paths and (args.set or args.epoch or args.images or args.repeat > 1):
         p.error("--set, --epoch, --repeat and --images need --config")
+    if args.config:
+        args.n_samples = args.n_samples or runtime.FULL
     return args
 
 
@@ -130,6 +134,8 @@ def compute(images, extractor, rt, batch_size=None, keep=False):
             done += len(batch)
             bar.update(len(batch))
     mu, sigma = moments.finish(rt)
+    if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
+        raise UserError(f"{images.name}: the features are NaN or Inf: --weights {extractor.weights} are no good")
     kept = [rt.all_reduce(store.to(rt.device)).cpu() for store in kept]
     return Statistics(images.name, mu, sigma, images.n, *kept)
 
@@ -143,8 +149,8 @@ def read_statistics(path, arrays):
         raise UserError(f"{path}: mu {mu.dtype} {list(mu.shape)} and sigma {sigma.dtype} {list(sigma.shape)} are no "
                         f"finite mean (d,) and symmetric covariance (d,d)")
     try:
-        n = json.loads(str(arrays["metadata"]))["n"]
-    except (KeyError, ValueError, TypeError):
+        n = int(json.loads(str(arrays["metadata"]))["n"])
+    except (KeyError, ValueError, TypeError, OverflowError):
         n = None
     return Statistics(str(path), mu.astype(np.float64), sigma.astype(np.float64), n)
 
@@ -156,11 +162,10 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     """|mu1-mu2|² + Tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^(1/2)), the squared distance of two Gaussians (Heusel 2017).
 
     sigma1 sigma2 has the eigenvalues of the symmetric Lᵀ sigma2 L where L Lᵀ = sigma1: the trace of the root is the sum
-    of their square roots. All float64.
+    of their square roots. All float64. Raises UserError for a sigma that is no covariance.
     """
     L = factor(sigma1)
-    eigenvalues = np.linalg.eigvalsh(L.T @ sigma2 @ L)
-    trace_root = np.sqrt(eigenvalues.clip(min=0)).sum()         # Those below 0 are rounding.
+    trace_root = np.sqrt(not_negative(np.linalg.eigvalsh(L.T @ sigma2 @ L))).sum()
     return float(np.square(mu1 - mu2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * trace_root)
 
 
@@ -170,8 +175,16 @@ def factor(sigma):
         return np.linalg.cholesky(sigma)
     except np.linalg.LinAlgError:
         values, vectors = np.linalg.eigh(sigma)
-        keep = values > max(values[-1], 0) * len(values) * np.finfo(float).eps
+        values = not_negative(values)
+        keep = values > values[-1] * len(values) * np.finfo(float).eps
         return vectors[:, keep] * np.sqrt(values[keep])
+
+
+def not_negative(values):
+    """Rising eigenvalues with those that rounding brought below 0 at 0. Raises UserError for truly negative ones."""
+    if len(values) and values[0] < -1e-3 * abs(values[-1]):
+        raise UserError(f"sigma has a negative eigenvalue, {values[0]:.3g}, and is no covariance")
+    return values.clip(min=0)
 
 
 def distance(a, b):
@@ -184,6 +197,8 @@ def distance(a, b):
 
 def other_metrics(names, samples, reference, extractor):
     """{figure: value} of the METRICS asked for, by torch-fidelity's functions on the features of two Statistics."""
+    if not names:
+        return {}
     from torch_fidelity.metric_isc import isc_features_to_metric
     from torch_fidelity.metric_kid import kid_features_to_metric
     from torch_fidelity.metric_prc import prc_features_to_metric
@@ -193,6 +208,8 @@ def other_metrics(names, samples, reference, extractor):
         kid = kid_features_to_metric(samples.features, reference.features, kid_subset_size=size, verbose=False)
         found["KID"] = kid["kernel_inception_distance_mean"]
     if "is" in names:
+        if samples.n < 10:
+            raise UserError("the Inception score is the mean of 10 parts: it needs 10 images or more")
         found["IS"] = isc_features_to_metric(samples.logits)["inception_score_mean"]
     if "precision" in names or "recall" in names:
         if min(samples.n, reference.n) < 4:
@@ -213,13 +230,14 @@ def reference(config, images, extractor, args, rt, keep):
              "weights_sha256": extractor.sha256, "version": extractor.version}
     name = f"{about['dataset']}-train-{extractor.name}" + f"-{(extractor.sha256 or '')[:8]}" * bool(extractor.sha256)
     path = Path(config["data_root"]) / "fid" / f"{name}.npz"
-    cached = read_cache(path, about) if rt.is_main and not keep else None
-    if not rt.agree(cached is not None):
-        cached = compute(features.array_images(f"{config['dataset']} train", images), extractor, rt, args.batch_gpu,
-                         keep)
-        if rt.is_main:
-            write_cache(path, cached, about)
-    return cached
+    stats = read_cache(path, about) if rt.is_main else None
+    known = rt.agree(stats is not None)
+    if keep or not known:
+        stats = compute(features.array_images(f"{config['dataset']} train", images), extractor, rt, args.batch_gpu,
+                        keep)
+    if rt.is_main and not known:
+        write_cache(path, stats, about)
+    return stats
 
 
 def read_cache(path, about):
@@ -265,8 +283,7 @@ def score_pair(args, rt):
             compute(source, extractor, rt, args.batch_gpu, keep=bool(args.metrics)) for source in pair)
     if rt.is_main:
         name = extractor.figure("FID") if extractor else "Fréchet distance"
-        others = other_metrics(args.metrics, a, b, extractor) if args.metrics else {}
-        for figure, value in {name: distance(a, b), **others}.items():
+        for figure, value in {name: distance(a, b), **other_metrics(args.metrics, a, b, extractor)}.items():
             print(f"{figure} {value:.6g}: {count(a.n)} images of {a.name} against {count(b.n)} of {b.name}")
         warn_small(a.n, b.n)
 
@@ -288,9 +305,8 @@ def make_extractor(args, rt):
 
 def score_run(config, args, rt):
     """Score the samples of a run's checkpoints against its training set; print the figures and keep them."""
-    sets, refusal = rt.agree(find_sets(config, args) if rt.is_main else None)
-    if refusal:
-        raise UserError(refusal)
+    sets = rt.agree(find_sets(config, args))
+    runtime.check_writable(config["save_dir"])
     extractor = make_extractor(args, rt)
     with rt.in_turns():
         images, _ = data.load(config)
@@ -314,32 +330,40 @@ def score_run(config, args, rt):
 
 
 def find_sets(config, args):
-    """[(epoch, [folder of each seed])] that the command line asks for, and None; or None and why it cannot be done."""
+    """[(epoch, [folder of each seed])] that the command line asks for. Raises UserError with the command that makes
+    what is missing, and for images of another checkpoint."""
     if args.images:
-        folder = Path(args.images)
-        settings = read_settings(folder)
+        settings = read_settings(args.images)
         if not settings:
-            return None, f"{folder} holds no settings.json of sample.py: for any two folders, python fid.py A B"
-        return [(settings["epoch"], [str(folder)])], None
+            raise UserError(f"{args.images} holds no settings.json of sample.py; for any two sets: python fid.py A B")
+        path = checkpoint.path_of(config, settings["epoch"])
+        if path.exists() and settings.get("checkpoint_sha256") != runtime.sha256(path):
+            raise UserError(f"{args.images} holds images of another checkpoint than {path}")
+        return [(settings["epoch"], [args.images])]
     if args.epoch == "all":
         epochs = [e for e in checkpoint.epochs(config) if checkpoint.samples_folder(config, e).is_dir()]
     else:
         epochs = [checkpoint.find(config, epoch) for epoch in args.epoch or [None]]
     sets = []
-    for epoch in epochs or [checkpoint.find(config)]:
+    for epoch in dict.fromkeys(epochs or [checkpoint.find(config)]):
         folders = [checkpoint.samples_folder(config, epoch, f"_seed{seed}" * (seed > 0)) for seed in range(args.repeat)]
+        sha256, counts = runtime.sha256(checkpoint.path_of(config, epoch)), []
         for seed, folder in enumerate(folders):
             command = ["python", "sample.py", "--config", args.config, "--epoch", str(epoch)]
             command += ["--seed", str(seed)] * (seed > 0) + [word for item in args.set for word in ("--set", item)]
             command += ["--n_samples", str(args.n_samples)] * (args.n_samples != runtime.FULL)
             settings = read_settings(folder)
-            if not settings or not any((folder / "images").glob("*.png")):
-                return None, f"no images of epoch {epoch} in {folder}: make them with: {shlex.join(command)}"
-            if settings.get("checkpoint_sha256") != runtime.sha256(checkpoint.path_of(config, epoch)):
-                return None, (f"{folder} holds images of another checkpoint than {checkpoint.path_of(config, epoch)}: "
-                              f"remove it, then: {shlex.join(command)}")
+            if not settings or not features.image_files(folder / "images"):
+                raise UserError(f"no images of epoch {epoch} in {folder}: make them with: {shlex.join(command)}")
+            counts.append(len(features.image_files(folder / "images")[:args.n_samples]))
+            if counts[-1] != counts[0]:
+                raise UserError(f"{folder} holds {counts[-1]:,} images, {folders[0]} {counts[0]:,}: make both as many "
+                                f"with: {shlex.join(command)}; or say --n_samples {min(counts)}")
+            if settings.get("checkpoint_sha256") != sha256:
+                raise UserError(f"{folder} holds images of another checkpoint than "
+                                f"{checkpoint.path_of(config, epoch)}: remove it, then: {shlex.join(command)}")
         sets.append((epoch, [str(folder) for folder in folders]))
-    return sets, None
+    return sets
 
 
 def read_settings(folder):

@@ -43,15 +43,13 @@ def main():
     classes = max(int(labels.max()) + 1 for _, labels in sets.values())
     if config["classes"] is not None and config["classes"] != classes:
         raise UserError(f"classes is {config['classes']}, but {config['dataset']} has {classes}")
+    runtime.check_writable(config["save_dir"])
     for epoch in epochs or [checkpoint.find(config)]:
         start = time.perf_counter()
-        denoiser = checkpoint.load_edm(config, epoch, "ema", args, rt.device)
-        train, test = (extract(denoiser, *sets[kind], pairs, n_passes, kind, config, args, rt)
-                       for kind, n_passes in ((TRAIN, args.passes), (TEST, 1)))
-        del denoiser
-        accuracy = probe(train, test, pairs, classes, config["linear"], args.seed, rt)
+        accuracy = probe_checkpoint(config, args, epoch, sets, pairs, classes, rt)
         if rt.is_main:
-            report(config, args, epoch, pairs, accuracy, train.n, test.n, time.perf_counter() - start, rt)
+            n_train, n_test = (len(sets[kind][0]) for kind in (TRAIN, TEST))
+            report(config, args, epoch, pairs, accuracy, n_train, n_test, time.perf_counter() - start, rt)
 
 
 def parse_arguments():
@@ -67,6 +65,14 @@ def parse_arguments():
                    help="draws of noise and flips whose features are kept; the epochs take turns on them (default: 5)")
     p.add_argument("--seed", type=options.argument(options.integer(0)), default=0, help="of noise, flips, order, heads")
     return p.parse_args()
+
+
+def probe_checkpoint(config, args, epoch, sets, pairs, classes, rt):
+    """The accuracy in per cent of each Pair at a checkpoint. sets: images and labels to TRAIN and to TEST on."""
+    denoiser = checkpoint.load_edm(config, epoch, "ema", args, rt.device)
+    train, test = (extract(denoiser, *sets[kind], pairs, n_passes, kind, config, args, rt)
+                   for kind, n_passes in ((TRAIN, args.passes), (TEST, 1)))
+    return probe(train, test, pairs, classes, config["linear"], args.seed, rt)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -162,8 +168,10 @@ def storage(shape, rt, folder):
     """An empty float32 tensor: on the GPU where it takes less than half of what is free, else in memory likewise, else
     a file in `folder` mapped into memory, which is gone with the process. Raises UserError where the disk is full."""
     size = 4 * int(np.prod(shape))
-    if rt.device.type == "cuda" and size < torch.cuda.mem_get_info(rt.device)[0] / 2:
-        return torch.empty(shape, device=rt.device)
+    if rt.device.type == "cuda":
+        torch.cuda.empty_cache()            # What is cached counts as taken.
+        if size < torch.cuda.mem_get_info(rt.device)[0] / 2:
+            return torch.empty(shape, device=rt.device)
     if size < free_memory() / 2 / rt.local_world_size:
         return torch.empty(shape)
     runtime.make_folder(folder)
@@ -180,12 +188,17 @@ def storage(shape, rt, folder):
 
 
 def free_memory():
-    """Bytes of memory that are free, or can be freed."""
+    """Bytes of memory that are free, or can be freed: of the machine and, in a container, of its limit (cgroup 2)."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
     except (OSError, StopIteration):                    # Not Linux.
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2
+    try:
+        limit, used = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current"))
+    except (OSError, ValueError):                       # No container, or one without a limit ("max").
+        return free
+    return min(free, limit - used)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

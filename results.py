@@ -15,6 +15,7 @@ from runtime import UserError
 
 NAMES = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "tinyimagenet": "Tiny ImageNet", "digits": "digits",
          "folder": "folder"}
+STANDARD = {"weights": "ema", "steps": 18, "eta": 0, "clip_denoised": False}    # The samples that the table compares.
 
 
 def main():
@@ -52,9 +53,13 @@ def read(run):
             line = json.loads(row)
             key = (line["figure"], line["epoch"], line["n"], line["features"], line.get("timestep"),
                    json.dumps([line["seeds"], line.get("sampling")]))
+            if any((line.get("sampling") or {}).get(name, value) != value for name, value in STANDARD.items()):
+                print(f"{path}: left out, of other sampling settings: {line['figure']} {line['value']:.6g} @ "
+                      f"{line['epoch']}, {line['sampling']}", file=sys.stderr)
+                continue
             if all(math.isfinite(line[name]) for name in ("value", "Mimg", "epoch", "n")):
                 found[key] = line | {"config": line["net_type"][-1], "dataset": str(line["dataset"])}
-        except (ValueError, KeyError, TypeError, IndexError):
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError):
             if row.strip():
                 print(f"{path}: a damaged line is left out: {row[:60]}", file=sys.stderr)
     if not found:
@@ -74,11 +79,12 @@ def shown_figures(results):
 
 
 def best_by_epoch(lines, figure):
-    """The best line of a figure at each epoch, by rising epoch; of distances, those of the most images alone."""
+    """The best line of a figure at each epoch, by rising epoch; of distances, those of the most images alone (50,000
+    are enough)."""
     lines = [line for line in lines if line["figure"] == figure]
     if is_distance(figure):
-        n = max((line["n"] for line in lines), default=0)
-        lines = sorted((line for line in lines if line["n"] == n), key=lambda line: line["value"])
+        n = min(max((line["n"] for line in lines), default=0), runtime.FULL)
+        lines = sorted((line for line in lines if line["n"] >= n), key=lambda line: line["value"])
     else:
         lines = sorted(lines, key=lambda line: -line["value"])
     best = {}

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import shlex
+import socket
 import sys
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -138,6 +139,7 @@ def start():
         # torchrun sets OMP_NUM_THREADS=1: share the cores that this process may use.
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         torch.set_num_threads(max(1, cores // env["local_world_size"]))
+    socket.setdefaulttimeout(60)        # A download from a dead network is an error, not a hang.
     if env["world_size"] > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30),
                                 device_id=device if device.type == "cuda" else None)
@@ -237,7 +239,8 @@ def record(config, results, device):
     cut = path.exists() and path.stat().st_size > 0 and path.read_bytes()[-1:] != b"\n"
     with open(path, "a") as f:
         f.write("\n" * cut + "".join(json.dumps(result | common) + "\n" for _, result in results))
-    with SummaryWriter(Path(config["save_dir"]) / "tensorboard") as tensorboard:
+    # In a folder of their own: TensorBoard follows the newest file of a folder, and training may still write its own.
+    with SummaryWriter(Path(config["save_dir"]) / "tensorboard" / "scores") as tensorboard:
         for name, result in results:
             tensorboard.add_scalar(name, result["value"], result["epoch"])
 

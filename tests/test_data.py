@@ -114,6 +114,15 @@ def test_folder_with_train_and_val(tmp_path):
     assert len(data.load(config("folder", tmp_path, [3, 8, 8]), train=False)[0]) == 2
 
 
+def test_folder_whose_test_set_has_other_classes(tmp_path):
+    """Its labels would be the ranks of other names."""
+    make_folder(tmp_path / "train")
+    make_folder(tmp_path / "val")
+    (tmp_path / "val" / "class0").rename(tmp_path / "val" / "zebras")
+    with pytest.raises(UserError, match="other classes than the training images: they differ in class0"):
+        data.load(config("folder", tmp_path, [3, 8, 8]), train=False)
+
+
 @pytest.mark.parametrize("damage", ["cut", "text", "empty"])
 def test_damaged_image_is_named(tmp_path, damage):
     path = make_folder(tmp_path) / "class1" / "0.png"

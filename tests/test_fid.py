@@ -149,6 +149,13 @@ def test_statistics_are_numpys(one_process):
     assert np.abs(found.mu - x.mean(0)).max() < 1e-7 and np.abs(found.sigma - np.cov(x, rowvar=False)).max() < 1e-7
 
 
+def test_features_that_are_not_finite_are_refused(one_process):
+    extractor = features.Extractor("pixels", one_process)
+    extractor.network = lambda images: (features.pixels(images) * np.inf,)
+    with pytest.raises(UserError, match="NaN or Inf"):
+        fid.compute(features.array_images("x", np.ones((9, 1, 2, 2), np.uint8)), extractor, one_process)
+
+
 def test_large_images_are_averaged_down():
     x = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
     expected = torch.nn.functional.avg_pool2d(x.float() / 127.5 - 1, 2).flatten(1)
@@ -214,7 +221,7 @@ def test_scores_a_run(trained):
     assert figures(both)["FD(pixels)"] == figures(first.stdout)["FD(pixels)"]
     assert succeed(*args, "--epoch", "all").count("FD(pixels)") == 2
     out = succeed(*args, "--repeat", 2)
-    assert "2 seeds" in out and cache.stat().st_mtime_ns > written      # --metrics computed it again, features and all.
+    assert "2 seeds" in out and cache.stat().st_mtime_ns == written
     kept = lines(save_dir)
     assert [(line["figure"], line["epoch"]) for line in kept] == [
         ("FD(pixels)", 1),
@@ -226,7 +233,7 @@ def test_scores_a_run(trained):
     assert (last["n"], last["n_reference"], last["Mimg"], last["net_type"]) == (30, 1437, 2 * 1400 / 1e6, "UNetC")
     assert "fid.py --config" in last["command"] and last["device"].startswith("CPU") and last["seconds"] > 0
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    events = EventAccumulator(str(save_dir / "tensorboard")).Reload().Scalars("FD(pixels)")
+    events = EventAccumulator(str(save_dir / "tensorboard" / "scores")).Reload().Scalars("FD(pixels)")
     assert {event.step for event in events} == {0, 1}
 
 
@@ -365,6 +372,11 @@ def test_images_are_refused(tmp_path):
     Image.new("RGB", (9, 8)).save(damaged / "2.png")
     refused(a, damaged, *pixels, words=[damaged / "2.png", "one size"])
     refused(a, pngs(tmp_path / "large", size=(16, 16)), *pixels, words=["192 dimensions", "768", "large"])
+    refused(a, a, *pixels, "--metrics", "kid,recall", "--n_samples", 3, words=["4 images"])
+    (damaged / "2.png").write_bytes(b"")
+    done = run("fid.py", a, damaged, *pixels, processes=2)
+    assert done.returncode != 0 and "damaged/2.png is not a whole image" in done.stderr
+    assert 'fid.py", line' not in done.stderr
 
 
 def test_npz_are_refused(tmp_path):
@@ -383,6 +395,28 @@ def test_npz_are_refused(tmp_path):
                          ({"mu": np.zeros(5), "sigma": np.eye(5)}, "5")):
         np.savez(path, **arrays)
         refused(a, path, *pixels, words=[path, word])
+    np.savez(path, mu=np.zeros(5), sigma=np.diag([1.0, 1, 1, 1, -1]))
+    refused(path, path, words=["negative eigenvalue"])
+    refused(a, path, "--metrics", "kid", words=[path, "images themselves"])
+
+
+def test_flipped_bytes_of_an_npz_are_found(tmp_path):
+    """Each of 200 damages is read as what it was or refused; none ends otherwise."""
+    path, rng = tmp_path / "b.npz", np.random.default_rng(0)
+    arrays = {"mu": np.zeros(3), "sigma": np.eye(3), "metadata": np.array('{"n": 7}')}
+    np.savez(path, **arrays)
+    whole, refusals = path.read_bytes(), 0
+    for _ in range(200):
+        damaged = bytearray(whole)
+        damaged[rng.integers(len(whole))] ^= 1 << rng.integers(8)
+        path.write_bytes(damaged)
+        try:
+            found = features.read_npz(path)
+            assert all(np.array_equal(found[name], array) for name, array in arrays.items() if name in found)
+        except UserError as e:
+            assert str(path) in str(e)
+            refusals += 1
+    assert refusals > 100
 
 
 def test_no_images_of_a_checkpoint(trained, tmp_path):
@@ -396,7 +430,10 @@ def test_no_images_of_a_checkpoint(trained, tmp_path):
     assert "3 seeds" in succeed("fid.py", "--config", config, "--features", "pixels", "--repeat", 3, "--n_samples", 2)
     refused("--config", config, "--epoch", "7", "--features", "pixels", words=["no checkpoint of epoch 7", "0, 1"])
     refused("--config", config, "--images", tmp_path, "--features", "pixels", words=["settings.json"])
-    out = succeed("fid.py", "--config", config, "--images", save_dir / "samples" / "1_seed1", "--features", "pixels")
+    shutil.copytree(save_dir / "samples" / "1_seed1", tmp_path / "few")
+    (save_dir / "samples" / "1_seed1" / "images" / "000000.png").unlink()
+    refused("--config", config, "--features", "pixels", "--repeat", 2, words=["29 images", "30", "--seed 1"])
+    out = succeed("fid.py", "--config", config, "--images", tmp_path / "few", "--features", "pixels")
     assert "epoch 1" in out and lines(save_dir)[-1]["seeds"] == [1]
 
 

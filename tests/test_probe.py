@@ -216,7 +216,7 @@ def test_grid(trained):
     with Image.open(save_dir / "probe_1.png") as image:
         assert image.width > 800 and len(image.convert("RGB").getcolors(1 << 20)) > 50
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    events = EventAccumulator(str(save_dir / "tensorboard")).Reload().Scalars("probe t=4 out_2 (%)")
+    events = EventAccumulator(str(save_dir / "tensorboard" / "scores")).Reload().Scalars("probe t=4 out_2 (%)")
     assert {event.step for event in events} >= {0, 1}
 
 

@@ -22,6 +22,8 @@ def runs(tmp_path):
         write(tmp_path / "c", "cifar10", "C", [
             ("FID", 3.5, 499, 50000, {}), ("FID", 3.0312, 999, 50000, {}), ("FID", 9.9, 99, 50000, {}),
             ("FID", 2.0, 999, 1000, {}),                            # Fewer images: not to be compared.
+            ("FID", 3.2, 1000, 60000, {}),                          # More are as good.
+            ("FID", 1.0, 999, 50000, {"sampling": {"eta": 0.5}}),   # Other samples than the table's.
             ("probe", 91.846, 999, 10000, {"timestep": 4}), *probes, ("KID", 0.1, 999, 50000, {})]),
         write(tmp_path / "e", "cifar10", "E", [("FID", 7.0, 1999, 50000, {}), ("FID", 2.72, 1999, 50000, {})]),
         write(tmp_path / "g", "digits", "G", [("FD(pixels)", 1.234, 59, 64, {}), ("probe", 93, 59, 360, {})]),
@@ -31,7 +33,9 @@ def runs(tmp_path):
 
 def test_table_and_curves(tmp_path):
     c, e, g, c2 = runs(tmp_path)
-    out = succeed("results.py", c, e, g, c2, "--out", tmp_path / "out.png")
+    done = run("results.py", c, e, g, c2, "--out", tmp_path / "out.png")
+    out = done.stdout
+    assert done.returncode == 0 and "other sampling settings: FID 1 @ 999" in done.stderr
     assert out.splitlines()[:5] == [
         "| | FID C | FID E | FID G | FD(pixels) C | FD(pixels) E | FD(pixels) G | probe C | probe E | probe G |",
         "|---|---|---|---|---|---|---|---|---|---|",
