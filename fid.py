@@ -127,12 +127,15 @@ def compute(images, extractor, rt, batch_size=None, keep=False):
     with rt.bar(len(mine), "img", images.name[-40:], shared=True) as bar:
         done = 0
         for batch in images.batches(mine, size):
-            out = extractor(batch)
+            n = len(batch)
+            if n < size:        # Batches of one size, so that the features' rounding does not depend on the share.
+                batch = torch.cat([batch, batch[-1:].expand(size - n, -1, -1, -1)])
+            out = [values[:n] for values in extractor(batch)]
             moments.add(out[0])
             for store, values in zip(kept, out, strict=False):
-                store[mine[done:done + len(batch)]] = values.float().cpu()
-            done += len(batch)
-            bar.update(len(batch))
+                store[mine[done:done + n]] = values.float().cpu()
+            done += n
+            bar.update(n)
     mu, sigma = moments.finish(rt)
     if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
         raise UserError(f"{images.name}: the features are NaN or Inf: --weights {extractor.weights} are no good")
