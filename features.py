@@ -80,7 +80,8 @@ def folder_images(folder, limit=None):
                 gray = file.mode in ("1", "L")
                 return np.asarray(file.convert("L" if gray else "RGB")).reshape(file.height, file.width, -1), gray
         except Exception as e:              # Pillow raises OSError, ValueError, SyntaxError and more for damaged files.
-            raise UserError(f"{paths[i]} is not a whole image: {e}") from None
+            remedy = "; remove it and run sample.py again" * (folder.parent / "settings.json").exists()
+            raise UserError(f"{paths[i]} is not a whole image: {e}{remedy}") from None
 
     first, all_gray = open_image(0)
 
@@ -104,7 +105,8 @@ def read_npz(path):
     except FileNotFoundError:
         raise UserError(f"{path}: no such file or folder") from None
     except Exception as e:                  # numpy and zipfile raise whatever a damaged file leads them to.
-        raise UserError(f"{path} is not a whole .npz file: {str(e).partition(chr(10))[0] or 'it is cut'}") from None
+        reason = str(e).partition("\n")[0] or "it is cut"      # numpy's own would advise to unpickle.
+        raise UserError(f"{path} is not a whole .npz file" + f": {reason}" * ("pickle" not in reason)) from None
 
 
 def npz_images(path, arrays, limit=None):
@@ -184,7 +186,7 @@ def find_weights(name, rt, path=None, sha256=None):
         if path is None:
             path = next((file for file in cached if file.exists()), cached[0])
         if not path.exists() and path in cached:
-            download(url, path, published)
+            download(name, url, path, published)
         if not path.is_file():
             raise UserError(f"--weights {path}: no such file")
         found = runtime.sha256(path)
@@ -194,14 +196,17 @@ def find_weights(name, rt, path=None, sha256=None):
     return path, found
 
 
-def download(url, path, sha256):
+def download(name, url, path, sha256):
     """Fetch a file, whole and checked or not at all. Raises UserError saying how to do it by hand."""
     runtime.make_folder(path.parent)
     try:
         torch.hub.download_url_to_file(url, path, hash_prefix=sha256, progress=False)
     except (urllib.error.URLError, OSError, RuntimeError, EOFError) as e:
         raise UserError(f"the weights {path.name} are not in {path.parent} and could not be downloaded from {url} "
-                        f"({e}); download them elsewhere (SHA-256 {sha256}) and put them there") from None
+                        f"({e}); download them elsewhere (SHA-256 {sha256}) and put them there"
+                        + (", or say --weights FILE" if name == "inception" else "; torch.hub must fetch the code, "
+                           "github.com/facebookresearch/dinov2, once too")
+                        + ". --features pixels needs none") from None
 
 
 def load_network(name, path, logits):

@@ -69,8 +69,6 @@ def parse_arguments():
         p.error("--features pixels has no weights")
     if args.paths and (args.set or args.epoch or args.images or args.repeat > 1):
         p.error("--set, --epoch, --repeat and --images need --config")
-    if args.config:
-        args.n_samples = args.n_samples or runtime.FULL
     return args
 
 
@@ -195,7 +193,10 @@ def distance(a, b):
     if a.mu.shape != b.mu.shape:
         raise UserError(f"{a.name} has statistics of {len(a.mu)} dimensions, {b.name} of {len(b.mu)}: both must come "
                         f"from the same features of images of one shape")
-    return frechet_distance(a.mu, a.sigma, b.mu, b.sigma)
+    try:
+        return frechet_distance(a.mu, a.sigma, b.mu, b.sigma)
+    except UserError as e:
+        raise UserError(f"{a.name} against {b.name}: {e}") from None
 
 
 def other_metrics(names, samples, reference, extractor):
@@ -287,7 +288,7 @@ def score_pair(args, rt):
     if rt.is_main:
         name = extractor.figure("FID") if extractor else "Fréchet distance"
         for figure, value in {name: distance(a, b), **other_metrics(args.metrics, a, b, extractor)}.items():
-            print(f"{figure} {value:.6g}: {count(a.n)} images of {a.name} against {count(b.n)} of {b.name}")
+            print(f"{figure} {value:.6g}: {a.name} ({count(a.n)}) against {b.name} ({count(b.n)})")
         warn_small(a.n, b.n)
 
 
@@ -308,7 +309,7 @@ def make_extractor(args, rt):
 
 def score_run(config, args, rt):
     """Score the samples of a run's checkpoints against its training set; print the figures and keep them."""
-    sets = rt.agree(find_sets(config, args))
+    sets = rt.agree(find_sets(config, args) if rt.is_main else None)
     runtime.check_writable(config["save_dir"])
     extractor = make_extractor(args, rt)
     with rt.in_turns():
@@ -318,15 +319,15 @@ def score_run(config, args, rt):
     for epoch, folders in sets:
         start, values = time.perf_counter(), {}
         for folder in folders:
-            samples = compute(features.folder_images(folder, args.n_samples), extractor, rt, args.batch_gpu,
-                              keep=bool(args.metrics))
+            samples = compute(features.folder_images(folder, args.n_samples or runtime.FULL), extractor, rt,
+                              args.batch_gpu, keep=bool(args.metrics))
             if rt.is_main:
                 found = {extractor.figure("FID"): distance(samples, against),
                          **other_metrics(args.metrics, samples, against, extractor)}
                 for figure, value in found.items():
                     values.setdefault(figure, []).append(value)
-                    print(f"{figure} {value:.6g}: epoch {epoch}, {count(samples.n)} images of {samples.name} against "
-                          f"{count(against.n)} of {against.name}", flush=True)
+                    print(f"{figure} {value:.6g}: epoch {epoch}, {samples.name} ({count(samples.n)}) against "
+                          f"{against.name} ({count(against.n)})", flush=True)
         if rt.is_main:
             warn_small(samples.n, against.n)
             report(config, epoch, folders, values, samples.n, against.n, extractor, time.perf_counter() - start, rt)
@@ -334,39 +335,51 @@ def score_run(config, args, rt):
 
 def find_sets(config, args):
     """[(epoch, [folder of each seed])] that the command line asks for. Raises UserError with the command that makes
-    what is missing, and for images of another checkpoint."""
+    what is missing, and for images or a checkpoint of something else."""
     if args.images:
         settings = read_settings(args.images)
         if not settings:
             raise UserError(f"{args.images} holds no settings.json of sample.py; for any two sets: python fid.py A B")
         path = checkpoint.path_of(config, settings["epoch"])
-        if path.exists() and settings.get("checkpoint_sha256") != runtime.sha256(path):
-            raise UserError(f"{args.images} holds images of another checkpoint than {path}")
+        if path.exists():
+            check_origin(config, args.images, settings, path)
         return [(settings["epoch"], [args.images])]
-    if args.epoch == "all":
-        epochs = [e for e in checkpoint.epochs(config) if checkpoint.samples_folder(config, e).is_dir()]
-    else:
-        epochs = [checkpoint.find(config, epoch) for epoch in args.epoch or [None]]
+    epochs = [checkpoint.find(config, epoch) for epoch in args.epoch or [None]] if args.epoch != "all" else []
+    for epoch in checkpoint.epochs(config) if args.epoch == "all" else []:
+        if checkpoint.samples_folder(config, epoch).is_dir():
+            epochs.append(epoch)
+        else:
+            print(f"epoch {epoch} is left out: no samples", file=sys.stderr)
     sets = []
     for epoch in dict.fromkeys(epochs or [checkpoint.find(config)]):
-        folders = [checkpoint.samples_folder(config, epoch, f"_seed{seed}" * (seed > 0)) for seed in range(args.repeat)]
-        sha256, counts = runtime.sha256(checkpoint.path_of(config, epoch)), []
-        for seed, folder in enumerate(folders):
+        folders, n = [], args.n_samples
+        for seed in range(args.repeat):
+            folder = checkpoint.samples_folder(config, epoch, f"_seed{seed}" * (seed > 0))
+            settings, files = read_settings(folder), features.image_files(folder / "images")
+            wanted = n or settings.get("n_samples")         # As many as sample.py was to make, of every seed.
             command = ["python", "sample.py", "--config", args.config, "--epoch", str(epoch)]
             command += ["--seed", str(seed)] * (seed > 0) + [word for item in args.set for word in ("--set", item)]
-            command += ["--n_samples", str(args.n_samples)] * (args.n_samples != runtime.FULL)
-            settings = read_settings(folder)
-            if not settings or not features.image_files(folder / "images"):
+            command += ["--n_samples", str(wanted)] * (wanted not in (None, runtime.FULL))
+            if not settings or not files:
                 raise UserError(f"no images of epoch {epoch} in {folder}: make them with: {shlex.join(command)}")
-            counts.append(len(features.image_files(folder / "images")[:args.n_samples]))
-            if counts[-1] != counts[0]:
-                raise UserError(f"{folder} holds {counts[-1]:,} images, {folders[0]} {counts[0]:,}: make both as many "
-                                f"with: {shlex.join(command)}; or say --n_samples {min(counts)}")
-            if settings.get("checkpoint_sha256") != sha256:
-                raise UserError(f"{folder} holds images of another checkpoint than "
-                                f"{checkpoint.path_of(config, epoch)}: remove it, then: {shlex.join(command)}")
-        sets.append((epoch, [str(folder) for folder in folders]))
+            check_origin(config, folder, settings, checkpoint.path_of(config, epoch), command)
+            names = {path.stem for path in files}
+            missing = next((i for i in range(wanted or len(files)) if f"{i:06d}" not in names), None)
+            if missing is not None:
+                raise UserError(f"{folder} holds {len(files):,} images, but not {missing:06d}.png: make what is "
+                                f"missing with: {shlex.join(command)}")
+            folders.append(str(folder))
+            n = wanted or len(files)
+        sets.append((epoch, folders))
     return sets
+
+
+def check_origin(config, folder, settings, path, command=()):
+    """Raise UserError where a folder's images are not of the checkpoint `path`, or that is not of the config."""
+    checkpoint.check_same_network(config, checkpoint.load(config, settings["epoch"])["config"])
+    if settings.get("checkpoint_sha256") != runtime.sha256(path):
+        raise UserError(f"{folder} holds images of another checkpoint than {path}: remove it"
+                        + f", then: {shlex.join(command)}" * bool(command))
 
 
 def read_settings(folder):
@@ -398,13 +411,13 @@ def report(config, epoch, folders, values, n, n_reference, extractor, seconds, r
 
 def count(n):
     """A number of images in words."""
-    return "an unknown number of" if n is None else f"{n:,}"
+    return "n unknown" if n is None else f"n = {n:,}"
 
 
 def warn_small(n, n_reference):
     """Say why a figure of few images is not the published kind."""
     if any(known is not None and known < runtime.FULL for known in (n, n_reference)):
-        print(f"warning: n is {count(n)} and {count(n_reference)}: from under {runtime.FULL:,} images the distance "
+        print(f"warning: {count(n)} and {count(n_reference)}: from under {runtime.FULL:,} images the distance "
               f"comes out too high (its bias grows as 1/n): compare it only with figures of the same n",
               file=sys.stderr)
 

@@ -59,7 +59,8 @@ def parse_arguments():
     count = options.argument(options.integer(1))
     p.add_argument("--epoch", type=options.epochs, help="checkpoints, such as 500,1000, or all (default: the newest)")
     p.add_argument("--grid", action="store_true", help="every pair of --timesteps (1-10) and --blocks (all)")
-    p.add_argument("--timesteps", type=options.span(1, 18), help="noise levels, such as 3-5 (default: linear.timestep)")
+    p.add_argument("--timesteps", type=options.span(1, 18),
+                   help="noise levels of 1-18, such as 3-5 (default: linear.timestep)")
     p.add_argument("--blocks", help="decoder blocks, such as out_5,out_6, or all (default: linear.blockname)")
     p.add_argument("--passes", type=count, default=5,
                    help="draws of noise and flips whose features are kept; the epochs take turns on them (default: 5)")
@@ -282,6 +283,7 @@ def report(config, args, epoch, pairs, accuracy, n_train, n_test, seconds, rt):
         "sigma": pair.sigma, "width": pair.width, "passes": args.passes, "linear": config["linear"], "weights": "ema",
         "precision": options.precision(args), "seconds": round(seconds, 2)})
         for pair, value in zip(pairs, accuracy, strict=True)]
+    runtime.record(config, lines, rt.device)
     if len(pairs) > 1:
         timesteps, blocks = (list(dict.fromkeys(names)) for names in
                              zip(*((pair.timestep, pair.block) for pair in pairs), strict=True))
@@ -293,12 +295,13 @@ def report(config, args, epoch, pairs, accuracy, n_train, n_test, seconds, rt):
         path = Path(config["save_dir"]) / f"probe_{epoch}.png"
         sigmas = list(dict.fromkeys(pair.sigma for pair in pairs))
         heat_map(path, table, timesteps, sigmas, blocks,
-                 f"{config['dataset']}, Config {config['net_type'][-1]}, epoch {epoch} (the best framed)")
+                 f"{config['dataset']}, Config {config['net_type'][-1]}, epoch {epoch}\n"
+                 f"{n_test:,} test images, {args.passes} pass{'es' * (args.passes > 1)}, seed {args.seed}; the best "
+                 f"framed")
         print(f"heat map: {path}")
     pair = pairs[best]
     print(f"{'best ' * (len(pairs) > 1)}probe accuracy {accuracy[best]:.2f} %: epoch {epoch}, t={pair.timestep} "
           f"(sigma {pair.sigma:.4g}), {pair.block} ({pair.width} features), {n_test:,} test images")
-    runtime.record(config, lines, rt.device)
 
 
 def heat_map(path, table, timesteps, sigmas, blocks, title):

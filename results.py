@@ -21,12 +21,16 @@ STANDARD = {"weights": "ema", "steps": 18, "eta": 0, "clip_denoised": False}    
 def main():
     """Parse the command line, print the table, draw the curves."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("runs", nargs="*", metavar="RUN", help="save_dir of a run (default: all below ./runs)")
+    p.add_argument("runs", nargs="*", metavar="RUN", help="save_dir of a run, or a folder of several (default: ./runs)")
     p.add_argument("--out", default="results.png", metavar="PNG", help="the curves (default: results.png)")
     args = p.parse_args()
-    runs = args.runs or sorted(str(path.parent) for path in Path("runs").rglob("results.jsonl"))
-    if not runs:
-        raise UserError("no results.jsonl below ./runs: score a run with fid.py or probe.py, or name its save_dir")
+    runs = []
+    for folder in args.runs or ["runs"]:
+        below = sorted(str(path.parent) for path in Path(folder).rglob("results.jsonl"))
+        if not below:
+            raise UserError(f"no results.jsonl in or below {folder}: score a run with fid.py or probe.py, or name its "
+                            f"save_dir")
+        runs += below
     results = {run: read(run) for run in dict.fromkeys(runs)}
     figures = shown_figures(results)
     if not figures:
@@ -59,6 +63,8 @@ def read(run):
                 continue
             if all(math.isfinite(line[name]) for name in ("value", "Mimg", "epoch", "n")):
                 found[key] = line | {"config": line["net_type"][-1], "dataset": str(line["dataset"])}
+            else:
+                raise ValueError
         except (ValueError, KeyError, TypeError, IndexError, AttributeError):
             if row.strip():
                 print(f"{path}: a damaged line is left out: {row[:60]}", file=sys.stderr)
@@ -78,19 +84,33 @@ def shown_figures(results):
     return sorted((f for f in present if is_distance(f)), reverse=True) + ["probe"] * ("probe" in present)
 
 
-def best_by_epoch(lines, figure):
-    """The best line of a figure at each epoch, by rising epoch; of distances, those of the most images alone (50,000
-    are enough)."""
-    lines = [line for line in lines if line["figure"] == figure]
-    if is_distance(figure):
-        n = min(max((line["n"] for line in lines), default=0), runtime.FULL)
-        lines = sorted((line for line in lines if line["n"] >= n), key=lambda line: line["value"])
-    else:
-        lines = sorted(lines, key=lambda line: -line["value"])
-    best = {}
+def curve(lines, figure):
+    """The lines of a figure that can be compared, the best of each epoch by rising epoch, and a remark on them.
+
+    They are of one n (50,000 or more count as one) or, of the probe, of one timestep and block: the one with the most
+    epochs; among equals the largest n, or the best accuracy.
+    """
+    groups = {}
     for line in lines:
-        best.setdefault(line["epoch"], line)
-    return [best[epoch] for epoch in sorted(best)]
+        if line["figure"] == figure:
+            kind = (min(line["n"], runtime.FULL),) if is_distance(figure) else (line.get("timestep"), line["features"])
+            groups.setdefault(kind, []).append(line)
+    if not groups:
+        return [], ""
+    sign = 1 if is_distance(figure) else -1
+    best = {kind: {line["epoch"]: line for line in sorted(group, key=lambda line: -sign * line["value"])}
+            for kind, group in groups.items()}
+
+    def rank(kind):
+        return len(best[kind]), kind[0] if is_distance(figure) else max(line["value"] for line in best[kind].values())
+
+    chosen = max(groups, key=rank)
+    if is_distance(figure):
+        remark = f"n={chosen[0]:,}" * (chosen[0] < runtime.FULL)
+    else:
+        equal = sum(len(best[kind]) == len(best[chosen]) for kind in groups)
+        remark = f"t={chosen[0]} {chosen[1]}" * (len(groups) > 1) + f", best of {equal}" * (equal > 1)
+    return [best[chosen][epoch] for epoch in sorted(best[chosen])], remark
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -113,20 +133,19 @@ def table(results, figures):
              "|---" * (len(columns) + 1) + "|"]
     for dataset, runs in rows:
         several = sum(name == dataset for name, _ in rows) > 1
-        cells = [cell(best_by_epoch(results[runs[config]], figure), figure) if config in runs else "-"
+        cells = [cell(*curve(results[runs[config]], figure), figure) if config in runs else "-"
                  for figure, config in columns]
         table.append("| " + " | ".join([NAMES.get(dataset, dataset) + f" ({', '.join(runs.values())})" * several,
                                         *cells]) + " |")
     return "\n".join(table)
 
 
-def cell(lines, figure):
+def cell(lines, remark, figure):
     """The best of a figure's lines as it stands in the table, such as "3.03 @ 999"."""
     if not lines:
         return "-"
     best = (min if is_distance(figure) else max)(lines, key=lambda line: line["value"])
-    remark = f" (n={best['n']:,})" * (is_distance(figure) and best["n"] < runtime.FULL)
-    return f"{best['value']:.2f} @ {best['epoch']}{remark}"
+    return f"{best['value']:.2f} @ {best['epoch']}" + f" ({remark})" * bool(remark)
 
 
 def draw(results, figures, out):
@@ -140,12 +159,12 @@ def draw(results, figures, out):
     panels = figure.subplots(1, len(figures), squeeze=False)[0]
     for axes, name in zip(panels, figures, strict=True):
         for label, lines in zip(labels, results.values(), strict=True):
-            best = best_by_epoch(lines, name)
-            remark = f", n={best[0]['n']:,}" if best and is_distance(name) and best[0]["n"] < runtime.FULL else ""
-            axes.plot([line["Mimg"] for line in best], [line["value"] for line in best], "o-", label=label + remark)
+            best, remark = curve(lines, name)
+            axes.plot([line["Mimg"] for line in best], [line["value"] for line in best], "o-",
+                      label=label + f" ({remark})" * bool(remark))
         axes.set_title(name if is_distance(name) else "linear probe")
-        axes.set_xlabel("training images (Mimg)")
-        axes.set_ylabel(f"{name}, less is better" if is_distance(name) else "test accuracy (%)")
+        axes.set_xlabel("training images seen (millions)")
+        axes.set_ylabel(f"{name}, less is better" if is_distance(name) else "test accuracy (%), more is better")
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
     runtime.check_writable(Path(out).parent)

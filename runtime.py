@@ -39,6 +39,9 @@ def command(main):
             main(*args)
         except UserError as e:
             code, message = 2, f"{name}: error: {' '.join(str(e).split())}"
+        except BrokenPipeError:             # Such as of `| head`.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            code, message = 0, None
         except OSError as e:                # A full disk, missing rights, a lost mount: wherever it shows.
             code, message = 2, f"{name}: error: {e.filename or ''} {e.strerror or e}"
         except torch.OutOfMemoryError:
@@ -194,6 +197,15 @@ def sha256(path):
 
 
 @contextlib.contextmanager
+def reported(path):
+    """A failed write of `path` is a UserError that names it."""
+    try:
+        yield
+    except (OSError, RuntimeError) as e:    # torch.save raises RuntimeError where the disk is full.
+        raise UserError(f"cannot write {path}: {getattr(e, 'strerror', None) or e}") from None
+
+
+@contextlib.contextmanager
 def atomic(path):
     """Yield a temporary name beside `path`; what is written there becomes `path` at the end, whole or not at all.
 
@@ -201,12 +213,11 @@ def atomic(path):
     """
     temporary = Path(path).with_name(f".{Path(path).name}.tmp")
     try:
-        yield temporary
-        with open(temporary, "rb") as f:
-            os.fsync(f.fileno())
-        temporary.replace(path)
-    except (OSError, RuntimeError) as e:    # torch.save raises RuntimeError where the disk is full.
-        raise UserError(f"cannot write {path}: {getattr(e, 'strerror', None) or e}") from None
+        with reported(path):
+            yield temporary
+            with open(temporary, "rb") as f:
+                os.fsync(f.fileno())
+            temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -237,7 +248,7 @@ def record(config, results, device):
             "date": datetime.now().astimezone().isoformat(timespec="seconds")}
     path = make_folder(config["save_dir"]) / "results.jsonl"
     cut = path.exists() and path.stat().st_size > 0 and path.read_bytes()[-1:] != b"\n"
-    with open(path, "a") as f:
+    with reported(path), open(path, "a") as f:
         f.write("\n" * cut + "".join(json.dumps(result | common) + "\n" for _, result in results))
     # In a folder of their own: TensorBoard follows the newest file of a folder, and training may still write its own.
     with SummaryWriter(Path(config["save_dir"]) / "tensorboard" / "scores") as tensorboard:

@@ -83,13 +83,14 @@ def describe(config, args, epoch):
 
 def claim(folder, config, args, epoch):
     """Make the folder, or check that what it holds was made with the same settings; else return why it is refused."""
-    settings, note = describe(config, args, epoch), folder / "settings.json"
+    settings, note, n_samples = describe(config, args, epoch), folder / "settings.json", args.n_samples
     runtime.check_writable(folder)
     if note.exists():
         try:
             made = dict(json.loads(note.read_text()))
         except (ValueError, TypeError):
             return f"{note} is damaged: remove {folder}, or choose another folder with --out"
+        n_samples = max(n_samples, made["n_samples"]) if isinstance(made.get("n_samples"), int) else n_samples
         differences = [f"{key} {made.get(key)!r} there, {value!r} here"
                        for key, value in settings.items() if made.get(key) != value]
         if differences:
@@ -100,7 +101,7 @@ def claim(folder, config, args, epoch):
                 f"choose another folder with --out")
     runtime.make_folder(folder / "images")
     with runtime.atomic(note) as temporary:
-        temporary.write_text(json.dumps(settings, indent=1) + "\n")
+        temporary.write_text(json.dumps(settings | {"n_samples": n_samples}, indent=1) + "\n")
     return None
 
 

@@ -212,7 +212,7 @@ def test_scores_a_run(trained):
     (save_dir / "results.jsonl").unlink(missing_ok=True)
     args = ("fid.py", "--config", path, "--features", "pixels")
     first = run(*args)
-    assert first.returncode == 0 and "30 and 1,437" in first.stderr and "1/n" in first.stderr, first.stderr
+    assert first.returncode == 0 and "n = 30 and n = 1,437" in first.stderr and "1/n" in first.stderr, first.stderr
     cache = path.parent / "data" / "fid" / "digits-train-pixels.npz"
     about = json.loads(str(np.load(cache)["metadata"]))
     assert (about["n"], about["split"], about["features"]) == (1437, "train", "pixels")
@@ -357,7 +357,7 @@ def test_a_download_is_checked(tmp_path, monkeypatch):
     """A file that arrives damaged is refused and not kept."""
     (tmp_path / "weights.pth").write_bytes(b"not these")
     with pytest.raises(UserError, match="invalid hash"):
-        features.download((tmp_path / "weights.pth").as_uri(), tmp_path / "cache" / "w.pth", "6726825d")
+        features.download("inception", (tmp_path / "weights.pth").as_uri(), tmp_path / "cache" / "w.pth", "6726825d")
     assert list((tmp_path / "cache").iterdir()) == []
 
 
@@ -428,11 +428,14 @@ def test_no_images_of_a_checkpoint(trained, tmp_path):
     assert " ".join(command) == f"python sample.py --config {config} --epoch 1 --seed 2 --n_samples 2"
     succeed(*command[1:])
     assert "3 seeds" in succeed("fid.py", "--config", config, "--features", "pixels", "--repeat", 3, "--n_samples", 2)
+    refused("--config", config, "--n_samples", "40", "--features", "pixels",
+            words=["30 images", "000030.png", "--n_samples 40"])
+    refused("--config", config, "--set", "net_type=UNetE", "--features", "pixels", words=["net_type", "UNetE"])
     refused("--config", config, "--epoch", "7", "--features", "pixels", words=["no checkpoint of epoch 7", "0, 1"])
     refused("--config", config, "--images", tmp_path, "--features", "pixels", words=["settings.json"])
     shutil.copytree(save_dir / "samples" / "1_seed1", tmp_path / "few")
     (save_dir / "samples" / "1_seed1" / "images" / "000000.png").unlink()
-    refused("--config", config, "--features", "pixels", "--repeat", 2, words=["29 images", "30", "--seed 1"])
+    refused("--config", config, "--features", "pixels", "--repeat", 2, words=["29 images", "000000.png", "--seed 1"])
     out = succeed("fid.py", "--config", config, "--images", tmp_path / "few", "--features", "pixels")
     assert "epoch 1" in out and lines(save_dir)[-1]["seeds"] == [1]
 

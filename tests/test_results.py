@@ -39,7 +39,7 @@ def test_table_and_curves(tmp_path):
     assert out.splitlines()[:5] == [
         "| | FID C | FID E | FID G | FD(pixels) C | FD(pixels) E | FD(pixels) G | probe C | probe E | probe G |",
         "|---|---|---|---|---|---|---|---|---|---|",
-        f"| CIFAR-10 ({c}, {e}) | 3.03 @ 999 | 2.72 @ 1999 | - | - | - | - | 91.85 @ 999 | - | - |",
+        f"| CIFAR-10 ({c}, {e}) | 3.03 @ 999 | 2.72 @ 1999 | - | - | - | - | 91.85 @ 999 (t=4 f, best of 4) | - | - |",
         "| digits | - | - | - | - | - | 1.23 @ 59 (n=64) | - | - | 93.00 @ 59 |",
         f"| CIFAR-10 ({c2}) | 4.00 @ 999 | - | - | - | - | - | - | - | - |"]
     with Image.open(tmp_path / "out.png") as image:
@@ -55,6 +55,17 @@ def test_the_later_of_two_lines_counts_and_damaged_ones_are_said(tmp_path):
     assert done.stderr.count("damaged line") == 4
 
 
+def test_like_is_compared_with_like(tmp_path):
+    """The timestep and block, or the n, of the most epochs: not the best of a grid, or more images, at one of them."""
+    pair = [("probe", value, epoch, 360, {"timestep": 4, "features": "out_1"}) for epoch, value in ((9, 81), (19, 83))]
+    grid = [("probe", 86, 19, 360, {"timestep": 1, "features": f"out_{i}"}) for i in (1, 2)]
+    distances = [("FD(pixels)", 5, 9, 64, {}), ("FD(pixels)", 4, 19, 64, {}), ("FD(pixels)", 7, 19, 512, {})]
+    write(tmp_path / "a", "digits", "C", pair + grid + distances)
+    write(tmp_path / "b", "digits", "G", grid)
+    assert succeed("results.py", tmp_path, cwd=tmp_path).splitlines()[2] == (
+        "| digits | 4.00 @ 19 (n=64) | - | 83.00 @ 19 (t=4 out_1) | 86.00 @ 19 (t=1 out_1, best of 2) |")
+
+
 def test_all_runs_below_here(tmp_path):
     write(tmp_path / "runs" / "digits" / "G", "digits", "G", [("probe", 93, 59, 360, {})])
     assert "| digits | 93.00 @ 59 |" in succeed("results.py", cwd=tmp_path)
@@ -67,7 +78,7 @@ def test_bad_input(tmp_path):
     (empty / "results.jsonl").write_text("")
     only_kid = write(tmp_path / "kid", "cifar10", "C", [("KID", 0.1, 999, 50000, {})])
     good = write(tmp_path / "good", "cifar10", "C", [("FID", 3, 999, 50000, {})])
-    for args, words in (([tmp_path / "no"], "No such file"), ([empty], "no results"), ([], "below ./runs"),
+    for args, words in (([tmp_path / "no"], "no results.jsonl in or below"), ([empty], "no results"), ([], "or below runs"),
                         ([only_kid], "no FID"), ([good, "--out", tmp_path / "no" / "x.png"], "x.png"),
                         ([good, "--out", empty], "empty")):
         done = run("results.py", *args, cwd=tmp_path)
