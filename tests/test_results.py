@@ -78,7 +78,7 @@ def test_bad_input(tmp_path):
     (empty / "results.jsonl").write_text("")
     only_kid = write(tmp_path / "kid", "cifar10", "C", [("KID", 0.1, 999, 50000, {})])
     good = write(tmp_path / "good", "cifar10", "C", [("FID", 3, 999, 50000, {})])
-    for args, words in (([tmp_path / "no"], "no results.jsonl in or below"), ([empty], "no results"), ([], "or below runs"),
+    for args, words in (([tmp_path / "no"], "no results.jsonl"), ([empty], "no results"), ([], "or below runs"),
                         ([only_kid], "no FID"), ([good, "--out", tmp_path / "no" / "x.png"], "x.png"),
                         ([good, "--out", empty], "empty")):
         done = run("results.py", *args, cwd=tmp_path)
