@@ -158,10 +158,11 @@ def draw(results, figures, out):
     figure = Figure(figsize=(5 * len(figures), 4.2), layout="constrained", dpi=150)
     panels = figure.subplots(1, len(figures), squeeze=False)[0]
     for axes, name in zip(panels, figures, strict=True):
-        for label, lines in zip(labels, results.values(), strict=True):
+        for i, (label, lines) in enumerate(zip(labels, results.values(), strict=True)):
             best, remark = curve(lines, name)
-            axes.plot([line["Mimg"] for line in best], [line["value"] for line in best], "o-",
-                      label=label + f" ({remark})" * bool(remark))
+            if best:                        # A run has one colour in all panels.
+                axes.plot([line["Mimg"] for line in best], [line["value"] for line in best], "o-", color=f"C{i}",
+                          label=label + f" ({remark})" * bool(remark))
         axes.set_title(name if is_distance(name) else "linear probe")
         axes.set_xlabel("training images seen (millions)")
         axes.set_ylabel(f"{name}, less is better" if is_distance(name) else "test accuracy (%), more is better")

@@ -37,6 +37,8 @@ def command(main):
             name += f" (process {os.environ['RANK']})"
         try:
             main(*args)
+            if dist.is_initialized():
+                dist.barrier()              # No process leaves while another still needs it.
         except UserError as e:
             code, message = 2, f"{name}: error: {' '.join(str(e).split())}"
         except BrokenPipeError:             # Such as of `| head`.
@@ -56,12 +58,10 @@ def command(main):
             code, message = 0, None
         if message:
             print(message, file=sys.stderr, flush=True)
-        if dist.is_initialized():
-            if code == 0:
-                dist.destroy_process_group()
-            else:                           # The others may wait in a collective: leave without meeting them.
-                sys.stdout.flush()
-                os._exit(code)
+        if dist.is_initialized():           # Others may wait in a collective, and gloo's threads, torn down with the
+            sys.stdout.flush()              # interpreter, abort a process now and then: leave at once.
+            sys.stderr.flush()
+            os._exit(code)
         sys.exit(code)
     return run
 

@@ -289,10 +289,13 @@ def test_inception_in_two_processes(inception_weights, tmp_path):
     script.write_text(f"""
 import sys; sys.path.insert(0, {str(ROOT)!r})
 import numpy as np, features, fid, runtime
-rt = runtime.start()
-extractor = features.Extractor("inception", rt, {str(path)!r}, {sha256!r})
-stats = fid.compute(features.array_images("x", np.load({str(tmp_path / 'images.npy')!r})), extractor, rt)
-if rt.is_main: np.savez({str(tmp_path)!r} + f"/{{rt.world_size}}.npz", mu=stats.mu, sigma=stats.sigma)
+def main():
+    rt = runtime.start()
+    extractor = features.Extractor("inception", rt, {str(path)!r}, {sha256!r})
+    stats = fid.compute(features.array_images("x", np.load({str(tmp_path / 'images.npy')!r})), extractor, rt)
+    if rt.is_main:
+        np.savez({str(tmp_path)!r} + f"/{{rt.world_size}}.npz", mu=stats.mu, sigma=stats.sigma)
+runtime.command(main)()
 """)
     for processes in (None, 2):
         succeed(script, processes=processes)
