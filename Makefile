@@ -1,11 +1,12 @@
-# make demo: train on the built-in digits, sample, score, show where the pictures are.    make test: ruff and pytest.
+# make demo: train on the built-in digits, sample, score, show where the pictures are.
+# make test: ruff and pytest.    make test-slow: the long tests, of faults, restarts and bad input above all.
 # Each sets itself up in .venv first; done again, that takes no time. Needs Python 3.11 or newer: make demo PYTHON=python3.12
 
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO := --config config/digits/G.yaml
 
-.PHONY: demo test clean
+.PHONY: demo test test-slow clean
 
 demo: .venv/installed
 	$(BIN)/python train.py $(DEMO)
@@ -17,7 +18,10 @@ demo: .venv/installed
 
 test: .venv/installed-dev
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto -m "not slow"
+
+test-slow: .venv/installed-dev
+	$(BIN)/python -m pytest -n auto -m slow
 
 clean:
 	rm -rf .venv runs

@@ -1,22 +1,48 @@
-"""Checkpoints save_dir/ckpts/model_{epoch}.pth: plain tensors and plain values, written whole or not at all."""
+"""Checkpoints: plain tensors and plain values, with a checksum, written whole or not at all.
 
+save_dir/ckpts/model_{epoch}.pth is what an epoch left behind; latest.pth and latest_before.pth, the two last saves on
+the way there, are there until the run is done.
+"""
+
+import hashlib
+import os
 import re
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 
 import edm
 import options
-from runtime import UserError, atomic
+from runtime import UserError, atomic, make_folder, reported, warn
 
 # What a checkpoint holds.
 KINDS = {"network": dict, "uncertainty": dict, "ema": dict, "ema_step": int, "optimizer": dict, "scaler": dict,
-         "step": int, "epoch": int, "config": dict}
+         "step": int, "epoch": int, "loss_sum": torch.Tensor, "window": int, "bad_steps": int, "n_images": int,
+         "precision": str, "config": dict}
+# torch.save makes a zip file. Its zip comment is this, and then the SHA-256 of all that stands before.
+COMMENT = b"step %015d sha256 "
+DIGITS = 64
+RETRY = 60              # Seconds after a failed save until the next.
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Names.
+
+def folder_of(config):
+    """The folder of the checkpoints."""
+    return Path(config["save_dir"]) / "ckpts"
 
 
 def path_of(config, epoch):
     """The file that epoch `epoch` leaves behind."""
-    return Path(config["save_dir"]) / "ckpts" / f"model_{epoch}.pth"
+    return folder_of(config) / f"model_{epoch}.pth"
+
+
+def latest_paths(config):
+    """The two last saves on the way, the newest first."""
+    return [folder_of(config) / "latest.pth", folder_of(config) / "latest_before.pth"]
 
 
 def samples_folder(config, epoch, variant=""):
@@ -48,26 +74,200 @@ def find(config, epoch=None):
     return epoch
 
 
-def save(config, epoch, state):
-    """Write a checkpoint. Raises UserError where writing fails; an older file of that name is then still whole."""
-    with atomic(path_of(config, epoch)) as temporary:
-        torch.save(state, temporary)
+# ----------------------------------------------------------------------------------------------------------------------
+# Files.
+
+def write(path, state, before=None):
+    """Write a checkpoint, sealed with its checksum, so that a crash at any moment leaves the file whole that was there.
+
+    before: what that file is then renamed to; None: it is replaced. Raises UserError where writing fails.
+    """
+    with atomic(path) as temporary:
+        comment = COMMENT % state["step"]
+        with open(temporary, "w+b") as file:
+            torch.save(state, file)
+            file.seek(-2, os.SEEK_END)      # A zip file ends in the length of its comment.
+            file.write((len(comment) + DIGITS).to_bytes(2, "little") + comment)
+            file.seek(0)
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            file.write(digest.encode())
+            file.flush()
+            os.fsync(file.fileno())
+        if before and path.exists():
+            path.replace(before)
+    with reported(path):                    # The new name, too, is to outlast a loss of power.
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
 
 
-def load(config, epoch):
-    """Read a checkpoint to the CPU. Runs no code from the file. Raises UserError naming a file that is damaged."""
-    path = path_of(config, epoch)
+def step_in(path):
+    """The step that a checkpoint's comment tells; infinity where it has none, as in a file that was cut."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(-(len(COMMENT % 0) + DIGITS), os.SEEK_END)
+            return int(re.fullmatch(rb"step (\d{15}) sha256 ", file.read(len(COMMENT % 0)))[1])
+    except (OSError, TypeError):
+        return float("inf")
+
+
+def verify(path):
+    """Raise UserError where a checkpoint cannot be read or its checksum says that it is damaged."""
+    try:
+        with open(path, "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - DIGITS))
+            told, digest, left = file.read(), hashlib.sha256(), size - DIGITS
+            file.seek(0)
+            while left > 0 and (block := file.read(min(left, 2 ** 20))):
+                digest.update(block)
+                left -= len(block)
+    except OSError as e:
+        hint = " (with several machines, save_dir must be on a disk that they share)" * isinstance(e, FileNotFoundError)
+        raise UserError(f"cannot read the checkpoint {path}: {e.strerror}{hint}") from None
+    if digest.hexdigest().encode() != told:
+        raise UserError(f"the checkpoint {path} is damaged: it was cut or changed (its SHA-256 is not the one noted)")
+
+
+def load(path):
+    """Read a checkpoint to the CPU. Runs no code from the file. Raises UserError naming a file that is damaged, holds
+    anything but tensors and plain values, or is none of this project."""
+    verify(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as e:                  # The unpickler raises whatever a damaged file leads it to.
-        reason = str(e).partition("\n")[0] or "it is cut"
-        raise UserError(f"cannot read the checkpoint {path}: {reason} (with several machines, save_dir must be on a "
-                        f"disk that they share)") from None
+    except Exception:                       # Whatever the file leads the unpickler to.
+        raise UserError(f"the checkpoint {path} is refused: it holds more than tensors and plain values") from None
     if not isinstance(state, dict) or any(not isinstance(state.get(key), kind) for key, kind in KINDS.items()):
         raise UserError(f"{path} is not a checkpoint of this project")
     state["config"] = options.check_keys(state["config"], options.KEYS)     # Keys that are younger than the file.
     return state
 
+
+def newest(config):
+    """The newest whole checkpoint to go on from, None where there are none; damaged ones are named on stderr.
+
+    Raises UserError where there are only damaged ones.
+    """
+    paths = [path_of(config, epoch) for epoch in epochs(config)] + [p for p in latest_paths(config) if p.exists()]
+    damaged = []
+    for path in sorted(paths, key=step_in, reverse=True):
+        try:
+            verify(path)
+        except UserError as e:
+            warn(f"{e}: trying the one before")
+            damaged.append(path)
+            continue
+        for other in set(damaged) & set(latest_paths(config)):
+            other.unlink()                  # Or the next save would keep it as the one before.
+        return path
+    if damaged:
+        raise UserError(f"{folder_of(config)} holds only damaged checkpoints: remove them to begin anew")
+    return None
+
+
+def set_aside(config, step):
+    """Rename the checkpoints after `step` to *.old: a run that goes on from an earlier one makes its own."""
+    for path in [path_of(config, epoch) for epoch in epochs(config)] + latest_paths(config):
+        if path.exists() and step_in(path) > step:
+            warn(f"{path} is of a later step than {step}: renamed to {path.name}.old")
+            path.replace(path.with_name(path.name + ".old"))
+
+
+def forget_latest(config):
+    """Remove latest.pth and the one before, of a run that is done."""
+    for path in latest_paths(config):
+        path.unlink(missing_ok=True)
+
+
+class Saver:
+    """Saves checkpoints while training goes on: the state is copied, then a thread writes it, one at a time.
+
+    Active in the main process alone. A save that fails is reported to the log, leaves the files as they were, and
+    the next one comes after RETRY seconds.
+    """
+
+    def __init__(self, config, log):
+        self.config, self.log = config, log
+        self.thread = ThreadPoolExecutor(1)
+        self.writing = None                 # The save under way: a future and the step.
+        self.minutes = config["save_minutes"]
+        self.next_save = time.monotonic() + 60 * self.minutes
+        if log.active:
+            make_folder(folder_of(config))
+
+    def is_due(self):
+        """True where a save of latest.pth is due and the one before has ended."""
+        return (self.log.active and self.config["save_model"] and self.is_idle()
+                and time.monotonic() >= self.next_save)
+
+    def is_idle(self):
+        """True where no save is under way. One that has failed since is reported."""
+        if self.writing and self.writing[0].done():
+            self.finish()
+        return self.writing is None
+
+    def save(self, state, path):
+        """Begin to write a state to model_{epoch}.pth or latest.pth; waits for a save that is still under way."""
+        if self.log.active and self.config["save_model"]:
+            self.finish()
+            self.writing = self.thread.submit(self.write, copied(state), path), state["step"]
+            self.next_save = time.monotonic() + 60 * self.minutes
+
+    def write(self, state, path):
+        """In the thread: write the copy of a state; the latest.pth until now becomes latest_before.pth."""
+        self.log.sync()
+        latest, before = latest_paths(self.config)
+        write(path, state(), before if path == latest else None)
+
+    def finish(self):
+        """Wait for the save under way. Return True where it succeeded, or there was none."""
+        if self.writing is None:
+            return True
+        (future, step), self.writing = self.writing, None
+        try:
+            future.result()
+            return True
+        except (UserError, OSError) as e:
+            self.next_save = time.monotonic() + min(RETRY, 60 * self.minutes)
+            self.log.failed(step, f"{e}; the checkpoints until now are whole and the next save tries again")
+            return False
+
+    def close(self):
+        """Wait for the save under way, and end."""
+        self.finish()
+        self.thread.shutdown()
+
+
+def copied(state):
+    """Copy a state, so that training can go on; return a function that gives the copy, on the CPU.
+
+    On a GPU the copy is made there, at the speed of its memory, and brought to the CPU later, beside the training.
+    """
+    def each(value, function):
+        if isinstance(value, torch.Tensor):
+            return function(value)
+        if isinstance(value, dict):
+            return {key: each(item, function) for key, item in value.items()}
+        return type(value)(each(item, function) for item in value) if isinstance(value, list | tuple) else value
+
+    try:
+        copy = each(state, torch.clone)
+    except torch.OutOfMemoryError:
+        copy = each(state, lambda tensor: tensor.to("cpu", copy=True))
+    if not torch.cuda.is_available():
+        return lambda: copy
+    made = torch.cuda.current_stream().record_event()
+
+    def fetch():
+        stream = torch.cuda.Stream()        # Not the stream of the training, which need not wait.
+        stream.wait_event(made)
+        with torch.cuda.stream(stream):
+            return each(copy, torch.Tensor.cpu)
+    return fetch
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What is in them.
 
 def restore(module, state_dict):
     """Load a state dict into a module. Raises UserError naming the first tensor that does not fit."""
@@ -81,7 +281,7 @@ def restore(module, state_dict):
 def load_edm(config, epoch, weights, args, device):
     """The EDM for sampling and features, with the "ema" or "model" weights of a checkpoint and the precision, memory
     layout and compilation that the command line says. Raises UserError as load, check_same_network and restore do."""
-    state = load(config, epoch)
+    state = load(path_of(config, epoch))
     check_same_network(config, state["config"])
     denoiser = edm.build(config, options.amp_dtype(args))
     restore(denoiser.net, state["ema" if weights == "ema" else "network"])
@@ -95,14 +295,18 @@ def load_edm(config, epoch, weights, args, device):
 
 def check_same_run(config, saved):
     """Raise UserError listing the keys that shape the result and differ between a config and a checkpoint's."""
-    free = {"n_epoch", "load_epoch", "data_root", "classes", "save_dir", "save_model", "save_every", "log_every",
-            "n_sample", "linear"}
+    free = {"n_epoch", "load_epoch", "data_root", "classes", "save_dir", "save_model", "save_every", "save_minutes",
+            "log_every", "n_sample", "linear"}
     refuse_differences(config, saved, [key for key in config if key not in free], "choose another save_dir")
 
 
 def check_same_network(config, saved):
     """Raise UserError listing what differs between the networks of a config and of a checkpoint."""
     refuse_differences(config, saved, ["net_type", "network"], "use the config it was trained with")
+    if config["diffusion"]["sigma_data"] != saved["diffusion"]["sigma_data"]:
+        raise UserError(f"{config['save_dir']} holds a run of another config (diffusion.sigma_data "
+                        f"{saved['diffusion']['sigma_data']} there, {config['diffusion']['sigma_data']} here): use the "
+                        f"config it was trained with")
 
 
 def refuse_differences(config, saved, keys, remedy):

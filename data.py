@@ -3,15 +3,16 @@
 A data set is decoded once into one array (N,C,H,W) uint8. No step ever waits for data: a batch is an index look-up.
 """
 
+import contextlib
+import fcntl
 import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from urllib.error import URLError
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from runtime import UserError, atomic
 
@@ -26,7 +27,7 @@ def load(config, train=True):
     """Load the training or test set that a config names, downloading it to data_root where a source exists.
 
     Return images (N,C,H,W) uint8 and labels (N,) int64, both on the CPU.
-    Raises UserError where the data are missing, damaged, or not of the config's image_shape.
+    Raises UserError where the data are missing or damaged. That image_shape is theirs, options has checked.
     """
     name, root = config["dataset"], Path(config["data_root"])
     shape = tuple(config["network"]["image_shape"])
@@ -35,9 +36,6 @@ def load(config, train=True):
     else:
         images, labels = {"digits": load_digits, "cifar10": load_cifar10, "cifar100": load_cifar100,
                           "tinyimagenet": load_tinyimagenet}[name](root, train)
-    if images.shape[1:] != shape:
-        raise UserError(f"{name} has images of shape {list(images.shape[1:])}, "
-                        f"but network.image_shape is {list(shape)}")
     return torch.from_numpy(images), torch.from_numpy(labels)
 
 
@@ -63,9 +61,17 @@ def load_cifar100(root, train):
 
 
 def load_cifar(dataset, root, train):
-    """CIFAR by torchvision, which checks the files' MD5 and downloads them where they are missing."""
-    with download_errors(dataset.__name__, dataset.url, root / dataset.base_folder, dataset.tgz_md5):
-        cifar = dataset(root, train=train, download=True)
+    """CIFAR by torchvision, which checks the MD5 of every file."""
+    from torchvision.datasets.utils import check_integrity
+    folder = root / dataset.base_folder
+    fetch(dataset.__name__, dataset.url, dataset.tgz_md5, folder)
+    try:
+        cifar = dataset(root, train=train)
+    except (RuntimeError, OSError) as e:
+        files = [*dataset.train_list, *dataset.test_list, [dataset.meta["filename"], dataset.meta["md5"]]]
+        damaged = [str(folder / name) for name, md5 in files if not check_integrity(folder / name, md5)]
+        raise UserError(f"{dataset.__name__}: {damaged[0] if damaged else e} is missing, damaged or cut short; remove "
+                        f"{folder} to download it again") from None
     return np.ascontiguousarray(cifar.data.transpose(0, 3, 1, 2)), np.array(cifar.targets, np.int64)
 
 
@@ -76,29 +82,37 @@ def load_tinyimagenet(root, train):
     sorted wnid.
     """
     folder = root / "tiny-imagenet-200"
-    if not folder.exists():
-        from torchvision.datasets.utils import download_and_extract_archive
-        partial = root / ".tiny-imagenet-200.partial"           # So that a cut download is never taken for whole.
-        shutil.rmtree(partial, ignore_errors=True)
-        with download_errors("Tiny ImageNet", TINY_URL, folder, TINY_MD5):
-            download_and_extract_archive(TINY_URL, root, partial, md5=TINY_MD5)
-            (partial / folder.name).rename(folder)
+    fetch("Tiny ImageNet", TINY_URL, TINY_MD5, folder)
+    remedy = f"remove {folder} to download it again"
+    part = folder / "wnids.txt"                 # What is being read.
     try:
-        label_of = {wnid: label for label, wnid in enumerate(sorted((folder / "wnids.txt").read_text().split()))}
+        label_of = {wnid: label for label, wnid in enumerate(sorted(part.read_text("utf-8").split()))}
+        paths, labels = [], []
         if train:
-            paths = [path for wnid in label_of for path in sorted((folder / "train" / wnid / "images").iterdir())]
-            labels = [label_of[path.parent.parent.name] for path in paths]
+            part = folder / "train"
+            if differences := label_of.keys() ^ {path.name for path in part.iterdir() if path.is_dir()}:
+                raise ValueError(f"it and wnids.txt differ in {min(differences)}")
+            for wnid, label in label_of.items():
+                part = folder / "train" / wnid / "images"
+                found = sorted(path for path in part.iterdir() if path.suffix == ".JPEG")
+                if not found:
+                    raise ValueError("no images")
+                paths += found
+                labels += [label] * len(found)
         else:
-            rows = [row.split("\t") for row in (folder / "val" / "val_annotations.txt").read_text().splitlines()]
-            paths = [folder / "val" / "images" / row[0] for row in rows]
-            labels = [label_of[row[1]] for row in rows]
+            part = folder / "val" / "val_annotations.txt"
+            for name, wnid, *_ in (row.split("\t") for row in part.read_text("utf-8").splitlines()):
+                paths.append(folder / "val" / "images" / name)
+                labels.append(label_of[wnid])
+        if not paths:
+            raise ValueError("it is empty")
     except OSError as e:
-        raise UserError(f"Tiny ImageNet: cannot read {e.filename}: {e.strerror}; remove {folder} to download it "
-                        f"again") from None
-    except (IndexError, KeyError):
-        raise UserError(f"Tiny ImageNet: {folder / 'val' / 'val_annotations.txt'} is damaged; remove {folder} to "
-                        f"download it again") from None
-    return decode(paths, (3, 64, 64)), np.array(labels, np.int64)
+        raise UserError(f"Tiny ImageNet: cannot read {e.filename}: {e.strerror}; {remedy}") from None
+    except KeyError as e:
+        raise UserError(f"Tiny ImageNet: {part} is damaged (no class {e} in wnids.txt); {remedy}") from None
+    except ValueError as e:                     # That a line has too few columns, or bytes that are no text, too.
+        raise UserError(f"Tiny ImageNet: {part} is damaged ({e}); {remedy}") from None
+    return decode(paths, (3, 64, 64), remedy), np.array(labels, np.int64)
 
 
 def load_folder(root, train, shape):
@@ -109,43 +123,47 @@ def load_folder(root, train, shape):
     from torchvision.datasets import ImageFolder
     from torchvision.datasets.folder import find_classes
     names = ["train", "."] if train else ["val", "test"]
-    folder = next((root / name for name in names if (root / name).is_dir()), None)
-    if folder is None:
-        raise UserError(f"data_root {root}: no folder {' or '.join(names)} there" if root.is_dir() or not train else
-                        f"data_root {root} is not a folder")
+    folder = root
     try:
+        folder = next((root / name for name in names if (root / name).is_dir()), None)
+        if folder is None:
+            raise UserError(f"data_root {root}: no folder {' or '.join(names)} there" if root.is_dir() or not train else
+                            f"data_root {root} is not a folder")
         samples = ImageFolder(folder).samples
         trained = find_classes(root / "train" if (root / "train").is_dir() else root)[0]
         differences = sorted(set(trained) ^ set(find_classes(folder)[0]))
-    except (FileNotFoundError, PermissionError) as e:
-        raise UserError(f"{folder}: {e}") from None
+    except OSError as e:
+        raise UserError(f"{folder} must hold one folder of images per class: {e}") from None
     if differences:                         # The labels are the ranks of the names.
         raise UserError(f"{folder} has other classes than the training images: they differ in {differences[0]}")
     return decode([path for path, _ in samples], shape), np.array([label for _, label in samples], np.int64)
 
 
-def decode(paths, shape):
+def decode(paths, shape, remedy="replace or remove it"):
     """Decode image files, resized and centre-cropped where needed, into one array (N, *shape) uint8, on all cores.
 
     shape is (C,H,W) with C 1 (grayscale) or 3 (RGB). Raises UserError naming a file that is no whole image.
     """
     C, H, W = shape
-    if C not in (1, 3):
-        raise UserError(f"network.image_shape {list(shape)}: image files have 1 or 3 channels, not {C}")
-    images = np.empty((len(paths), *shape), np.uint8)
+    try:
+        images = np.empty((len(paths), *shape), np.uint8)
+    except MemoryError:
+        raise UserError(f"{len(paths)} images of shape {list(shape)} do not fit in memory: make network.image_shape "
+                        f"smaller or take fewer") from None
 
     def decode_one(i):
         try:
-            with Image.open(paths[i]) as file:
-                image = file.convert("L" if C == 1 else "RGB")
+            with Image.open(paths[i]) as image:
+                if image.mode.startswith("I;16"):               # convert() would make all above 255 white.
+                    image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+                elif image.mode in ("I", "F"):
+                    raise ValueError("its pixels have 32 bits, where black and white are unknown")
+                image = image.convert("L" if C == 1 else "RGB")
+            if image.size != (W, H):
+                image = ImageOps.fit(image, (W, H), Image.Resampling.LANCZOS)
         except Exception as e:              # Pillow raises OSError, ValueError, SyntaxError and more for damaged files.
-            raise UserError(f"{paths[i]} is not a whole image: {e}") from None
-        if image.size != (W, H):
-            scale = max(W / image.width, H / image.height)
-            image = image.resize((max(W, round(image.width * scale)), max(H, round(image.height * scale))),
-                                 Image.Resampling.LANCZOS)
-            left, top = (image.width - W) // 2, (image.height - H) // 2
-            image = image.crop((left, top, left + W, top + H))
+            raise UserError(f"{paths[i]} is not a whole image ({getattr(e, 'strerror', None) or e}): "
+                            f"{remedy}") from None
         images[i] = np.asarray(image).reshape(H, W, C).transpose(2, 0, 1)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -154,19 +172,52 @@ def decode(paths, shape):
     return images
 
 
-class download_errors:
-    """Context manager: what a failed download raises becomes a UserError with the way to do it by hand."""
+# ----------------------------------------------------------------------------------------------------------------------
+# Downloads.
 
-    def __init__(self, name, url, folder, md5):
-        self.message = f"{name} is not in {folder} and could not be downloaded from {url}"
-        self.remedy = f"download it elsewhere (MD5 {md5}) and unpack it so that {folder} exists"
+def fetch(name, url, md5, folder):
+    """Where `folder` is missing, download the archive that holds it and unpack it: whole or not at all.
 
-    def __enter__(self):
-        pass
+    Both happen under a temporary name. Raises UserError with the way to do it by hand.
+    """
+    from torchvision.datasets.utils import check_integrity, download_url, extract_archive
+    archive, partial = folder.with_name(Path(url).name), folder.with_name(f".{folder.name}.partial")
+    try:
+        if folder.exists():
+            return
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with locked(folder.parent):
+            if folder.exists():                                 # Another run has fetched it meanwhile.
+                return
+            shutil.rmtree(partial, ignore_errors=True)          # Of a run that was killed.
+            try:
+                if not check_integrity(archive, md5):
+                    download_url(url, partial, md5=md5)
+                    (partial / archive.name).replace(archive)
+                extract_archive(archive, partial)
+                (partial / folder.name).rename(folder)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
+    except Exception as e:                  # urllib, http.client, tarfile and zipfile each raise errors of their own.
+        raise UserError(f"{name} is not in {folder} and could not be downloaded from {url} ({e}); download it "
+                        f"elsewhere (MD5 {md5}) and unpack it so that {folder} exists") from None
 
-    def __exit__(self, kind, error, traceback):
-        if isinstance(error, URLError | OSError | RuntimeError | EOFError):
-            raise UserError(f"{self.message} ({error}); {self.remedy}") from None
+
+@contextlib.contextmanager
+def locked(folder):
+    """Hold a folder against other runs; the system lets go when this process ends. Without locks, as on some network
+    file systems, go on without."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                print(f"waiting for another run's download to {folder}", flush=True)
+                fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

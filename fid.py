@@ -25,6 +25,7 @@ import torch
 import checkpoint
 import data
 import features
+import logs
 import options
 import runtime
 from runtime import UserError
@@ -266,7 +267,7 @@ def read_cache(path, about):
 def write_cache(path, stats, about):
     """Leave statistics for the next time; where that fails, say so and go on."""
     try:
-        runtime.make_folder(path.parent)
+        runtime.clean(runtime.make_folder(path.parent), hours=24)       # A younger one may be another run's.
         with runtime.atomic(path) as temporary, open(temporary, "wb") as f:
             np.savez(f, mu=stats.mu, sigma=stats.sigma, metadata=json.dumps(about))
     except UserError as e:
@@ -309,7 +310,7 @@ def make_extractor(args, rt):
 
 def score_run(config, args, rt):
     """Score the samples of a run's checkpoints against its training set; print the figures and keep them."""
-    sets = rt.agree(find_sets(config, args) if rt.is_main else None)
+    sets = rt.on_main(find_sets, config, args)
     runtime.check_writable(config["save_dir"])
     extractor = make_extractor(args, rt)
     with rt.in_turns():
@@ -376,7 +377,7 @@ def find_sets(config, args):
 
 def check_origin(config, folder, settings, path, command=()):
     """Raise UserError where a folder's images are not of the checkpoint `path`, or that is not of the config."""
-    checkpoint.check_same_network(config, checkpoint.load(config, settings["epoch"])["config"])
+    checkpoint.check_same_network(config, checkpoint.load(checkpoint.path_of(config, settings["epoch"]))["config"])
     if settings.get("checkpoint_sha256") != runtime.sha256(path):
         raise UserError(f"{folder} holds images of another checkpoint than {path}: remove it"
                         + f", then: {shlex.join(command)}" * bool(command))
@@ -398,7 +399,7 @@ def report(config, epoch, folders, values, n, n_reference, extractor, seconds, r
         best = (max if figure.split("(")[0] in ("IS", "precision", "recall") else min)(found)
         line = {"figure": figure, "value": best, "n": n, "n_reference": n_reference,
                 "seeds": [read_settings(folder).get("seed") for folder in folders], "epoch": epoch,
-                "Mimg": runtime.seen_mimg(config, epoch, n_reference),
+                "Mimg": logs.seen_mimg(config, epoch, n_reference),
                 "features": extractor.name, "weights_sha256": extractor.sha256, "features_version": extractor.version,
                 "sampling": {key: made.get(key) for key in ("weights", "steps", "eta", "clip_denoised", "precision")},
                 "seconds": round(seconds, 2)}
@@ -406,7 +407,7 @@ def report(config, epoch, folders, values, n, n_reference, extractor, seconds, r
             line |= {"values": found, "mean": statistics.mean(found)}
             print(f"{figure} of {len(found)} seeds: best {best:.6g}, mean {line['mean']:.6g}")
         lines.append((figure, line))
-    runtime.record(config, lines, rt.device)
+    logs.record(config, lines, rt.device)
 
 
 def count(n):

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 import checkpoint
 import data
 import edm
+import logs
 import options
 import runtime
 from runtime import UserError
@@ -279,11 +280,11 @@ def report(config, args, epoch, pairs, accuracy, n_train, n_test, seconds, rt):
     best = max(range(len(pairs)), key=accuracy.__getitem__)
     lines = [(f"probe t={pair.timestep} {pair.block} (%)", {
         "figure": "probe", "value": value, "n": n_test, "n_reference": n_train, "seeds": [args.seed], "epoch": epoch,
-        "Mimg": runtime.seen_mimg(config, epoch, n_train), "features": pair.block, "timestep": pair.timestep,
+        "Mimg": logs.seen_mimg(config, epoch, n_train), "features": pair.block, "timestep": pair.timestep,
         "sigma": pair.sigma, "width": pair.width, "passes": args.passes, "linear": config["linear"], "weights": "ema",
         "precision": options.precision(args), "seconds": round(seconds, 2)})
         for pair, value in zip(pairs, accuracy, strict=True)]
-    runtime.record(config, lines, rt.device)
+    logs.record(config, lines, rt.device)
     if len(pairs) > 1:
         timesteps, blocks = (list(dict.fromkeys(names)) for names in
                              zip(*((pair.timestep, pair.block) for pair in pairs), strict=True))

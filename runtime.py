@@ -1,17 +1,19 @@
-"""What every command needs around the mathematics: errors, processes, seeds, files, logs."""
+"""What every command needs around the mathematics: errors, processes, faults, seeds, files."""
 
 import contextlib
+import fcntl
 import functools
 import hashlib
-import json
-import math
 import os
+import secrets
 import shlex
+import signal
 import socket
 import sys
+import threading
+import time
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -27,20 +29,48 @@ FULL = 50_000       # Samples of a figure that can be compared with published on
 class UserError(Exception):
     """Something the user can mend; the message names the file, key or value and what to do."""
 
+    said = False        # True where another process says the same.
+
+
+class Stopped(Exception):
+    """The run leaves because of a signal: Stopped(signal number, what was saved)."""
+
+
+def command_name():
+    """The command as it stands before its messages, such as "train.py (process 1)"."""
+    several = os.environ.get("WORLD_SIZE", "1") != "1"
+    return Path(sys.argv[0]).name + f" (process {os.environ.get('RANK', '?')})" * several
+
+
+def warn(message):
+    """Say something in one line on stderr."""
+    print(f"{command_name()}: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
+
+
+def quiet_about_files(thread):
+    """An excepthook of threads: who waits for a thread that could not read or write says so."""
+    if not isinstance(thread.exc_value, OSError):
+        threading.__excepthook__(thread)
+
 
 def command(main):
-    """Decorate a command's main(): a UserError becomes one line on stderr and exit code 2, Ctrl-C exit code 130."""
+    """Decorate a command's main(): a UserError becomes one line on stderr and exit code 2, a signal 128 + its number.
+    """
     @functools.wraps(main)
     def run(*args):
-        name = Path(sys.argv[0]).name
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            name += f" (process {os.environ['RANK']})"
+        name = command_name()
+        threading.excepthook = quiet_about_files
         try:
             main(*args)
             if dist.is_initialized():
+                Watch.active = False        # Who leaves now is not lost.
                 dist.barrier()              # No process leaves while another still needs it.
         except UserError as e:
-            code, message = 2, f"{name}: error: {' '.join(str(e).split())}"
+            code, message = 2, None if e.said else f"{name}: error: {' '.join(str(e).split())}"
+        except Stopped as e:
+            signum, saved = e.args
+            code = 128 + signum
+            message = None if saved is None else f"{name}: stopped by {signal.Signals(signum).name}{saved}"
         except BrokenPipeError:             # Such as of `| head`.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             code, message = 0, None
@@ -51,6 +81,7 @@ def command(main):
         except RuntimeError as e:
             if not dist.is_initialized() or not (isinstance(e, dist.DistBackendError) or "gloo" in str(e)):
                 raise
+            Watch.suspect()
             code, message = 1, f"{name}: lost contact with another process, whose own line says why"
         except KeyboardInterrupt:
             code, message = 130, f"{name}: interrupted"
@@ -112,6 +143,21 @@ class Runtime:
                     unit_scale=self.world_size if shared and self.world_size > 1 else False,
                     mininterval=0.5 if sys.stderr.isatty() else 30)
 
+    def on_main(self, function, *args):
+        """Return in all processes what a function returns in the main one; a UserError of it is raised in all."""
+        value = error = None
+        if self.is_main:
+            try:
+                value = function(*args)
+            except UserError as e:
+                error = str(e)
+        value, error = self.agree((value, error))
+        if error:
+            error = UserError(error)
+            error.said = not self.is_main
+            raise error
+        return value
+
     @contextlib.contextmanager
     def in_turns(self):
         """The main process goes first, then one of each other node, then the rest: for downloads."""
@@ -126,10 +172,14 @@ class Runtime:
 def start():
     """Join torchrun's processes, where there are any, and choose the device and the CPU threads. Return a Runtime.
 
-    Raises UserError where a node has fewer GPUs than processes.
+    Raises UserError where a node has fewer GPUs than processes, and for variables that torchrun has not set.
     """
-    env = {name: int(os.environ.get(name.upper(), default)) for name, default in
-           {"rank": 0, "world_size": 1, "local_rank": 0, "local_world_size": 1}.items()}
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    said = {name: os.environ[name] for name in names if name in os.environ}
+    if said and not (len(said) == len(names) and all(value.isdecimal() for value in said.values())):
+        raise UserError(f"the environment says {', '.join(f'{name}={value}' for name, value in said.items())}, but "
+                        f"{', '.join(names)} are needed, all numbers: start with torchrun, or unset them")
+    env = dict(zip((name.lower() for name in names), map(int, said.values() or (0, 1, 0, 1)), strict=True))
     if torch.cuda.is_available():
         if env["local_world_size"] > torch.cuda.device_count():
             raise UserError(f"{env['local_world_size']} processes on this machine, but {torch.cuda.device_count()} "
@@ -144,9 +194,108 @@ def start():
         torch.set_num_threads(max(1, cores // env["local_world_size"]))
     socket.setdefaulttimeout(60)        # A download from a dead network is an error, not a hang.
     if env["world_size"] > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30),
-                                device_id=device if device.type == "cuda" else None)
+        # torchrun's store outlives a restart: the addresses of the processes before must not be taken for these.
+        attempt = f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
+        try:
+            store, rank, world_size = next(dist.rendezvous("env://"))
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30),
+                                    store=dist.PrefixStore(attempt, store), rank=rank, world_size=world_size,
+                                    device_id=device if device.type == "cuda" else None)
+            Watch(rank, world_size, attempt)
+        except (RuntimeError, ValueError, KeyError) as e:
+            raise UserError(f"cannot join the other processes: {e!r}"[:500]) from None
     return Runtime(**env, device=device)
+
+
+class Watch:
+    """Notices lost processes: each beats twice a second in a key of torchrun's store, process 0 looks at all, all at 0.
+
+    A process whose beat stands still for LOST seconds ends the job, in a line that names it. A collective that fails
+    calls for a closer look: FAILED seconds then do. Slow processes beat as well, whatever they wait for.
+    """
+    BEAT, LOST, FAILED = 0.5, 20, 2         # Seconds.
+    active = False
+    store = None
+
+    def __init__(self, rank, world_size, attempt):
+        store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False,
+                              timeout=timedelta(seconds=10))
+        Watch.store = dist.PrefixStore(f"{attempt}/watch", store)
+        Watch.store.set(f"who/{rank}", f"{rank} (pid {os.getpid()} on {socket.gethostname()})")
+        Watch.store.set(f"beat/{rank}", "0")
+        dist.barrier()                      # All keys exist.
+        Watch.active = True
+        others = range(1, world_size) if rank == 0 else [0]
+        threading.Thread(target=self.run, args=(rank, others), daemon=True).start()
+
+    def run(self, rank, others):
+        """Beat and look, until a process is lost or this one is done."""
+        beats, ages, n = dict.fromkeys(others), dict.fromkeys(others, 0), 0
+        while True:
+            try:
+                n += 1
+                self.store.set(f"beat/{rank}", str(n))
+                for other in others:        # Ages count own beats: if all processes were stopped, none is lost.
+                    beat = self.store.get(f"beat/{other}")
+                    ages[other] = ages[other] + 1 if beat == beats[other] else 0
+                    beats[other] = beat
+                limit = (self.FAILED if self.store.check(["suspect"]) else self.LOST) / self.BEAT
+                lost = [self.store.get(f"who/{other}").decode() for other in others if ages[other] > limit]
+                if lost:
+                    self.store.set("lost", ", ".join(lost))
+                if self.store.check(["lost"]):
+                    self.leave(f"process {self.store.get('lost').decode()} is lost: it ended or its machine failed")
+            except RuntimeError:            # Of the store.
+                self.leave("lost contact with the machine of process 0")
+            time.sleep(self.BEAT)
+
+    @staticmethod
+    def leave(message):
+        """End this process with one line, unless it is done anyway."""
+        if Watch.active:
+            warn(f"error: {message}; started again, the same command goes on")
+            os._exit(1)
+
+    @staticmethod
+    def suspect():
+        """A collective has failed: give the watch the time to say which process is lost, and to leave."""
+        with contextlib.suppress(RuntimeError):
+            Watch.store.set("suspect", "1")
+            time.sleep(4 * Watch.FAILED)
+
+
+class Signals:
+    """SIGTERM, SIGINT and SIGHUP in training, and what all processes agree on after each step.
+
+    The first signal lets the step end, so that it can be saved; a second SIGINT leaves at once, and so does the first
+    signal while there is nothing to save (`unsaved` is False).
+    """
+
+    def __init__(self, rt):
+        self.signum, self.unsaved = 0, False
+        self.asked, self.work = torch.zeros(2, dtype=torch.int64), None
+        self.group = dist.new_group(backend="gloo") if rt.world_size > 1 else None
+        for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            if signum != signal.SIGHUP or signal.getsignal(signum) != signal.SIG_IGN:       # nohup
+                signal.signal(signum, self.handle)
+
+    def handle(self, signum, frame):
+        """Note a signal, or leave at once."""
+        if not self.unsaved or signum == self.signum == signal.SIGINT:
+            raise Stopped(signum, " at once; started again, the same command goes on from the last save")
+        self.signum = signum
+
+    def agree(self, save):
+        """Every process calls it after each step. Return (number of a signal that any process got or 0, whether any
+        wants a save). No step waits for it: what several processes ask for is known to all one step later."""
+        if self.group is None:
+            return self.signum, save
+        if self.work is not None:
+            self.work.wait()
+        signum, answer = self.asked.tolist()
+        self.asked = torch.tensor([self.signum, int(save and not answer)])     # Not twice.
+        self.work = dist.all_reduce(self.asked, dist.ReduceOp.MAX, group=self.group, async_op=True)
+        return signum, bool(answer)
 
 
 def device_name(device):
@@ -165,7 +314,7 @@ def mix(*numbers):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Files and logs.
+# Files.
 
 def check_writable(folder):
     """Raise UserError unless `folder` can be made and written to; makes nothing."""
@@ -197,12 +346,43 @@ def sha256(path):
 
 
 @contextlib.contextmanager
+def lock(folder, rt):
+    """Keep `folder` for this run alone while the context lasts: an flock, which ends with the process that holds it.
+
+    All processes enter. Raises UserError that says who holds it.
+    """
+    def take():
+        file = held.enter_context(open(make_folder(folder) / ".lock", "a+"))        # noqa: SIM115
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise UserError(f"{folder} is in use by {file.read().strip() or 'another process'}: "
+                            f"wait for it, stop it, or choose another folder") from None
+        except OSError as e:                # A file system without locks.
+            warn(f"{folder} cannot be locked ({e.strerror}): see to it that no other run writes there")
+        with contextlib.suppress(OSError):
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()} since "
+                       f"{datetime.now():%Y-%m-%d %H:%M:%S}: {shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])}")
+            file.flush()
+
+    with contextlib.ExitStack() as held:
+        rt.on_main(take)
+        yield
+        if rt.is_main:
+            with contextlib.suppress(OSError):
+                os.truncate(Path(folder) / ".lock", 0)
+
+
+@contextlib.contextmanager
 def reported(path):
     """A failed write of `path` is a UserError that names it."""
     try:
         yield
-    except (OSError, RuntimeError) as e:    # torch.save raises RuntimeError where the disk is full.
-        raise UserError(f"cannot write {path}: {getattr(e, 'strerror', None) or e}") from None
+    except (OSError, RuntimeError) as e:    # torch.save raises RuntimeError, on top of the reason.
+        reason = e.__context__ if isinstance(e.__context__, OSError) else e
+        raise UserError(f"cannot write {path}: {getattr(reason, 'strerror', None) or reason}") from None
 
 
 @contextlib.contextmanager
@@ -211,7 +391,7 @@ def atomic(path):
 
     Raises UserError naming the path where writing fails (disk full, no rights).
     """
-    temporary = Path(path).with_name(f".{Path(path).name}.tmp")
+    temporary = Path(path).with_name(f".{Path(path).name}.{secrets.token_hex(4)}.tmp")
     try:
         with reported(path):
             yield temporary
@@ -222,75 +402,21 @@ def atomic(path):
         temporary.unlink(missing_ok=True)
 
 
-def step_of(line):
-    """The step of a line of metrics.jsonl; infinity for a line that a crash has cut."""
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
-        return math.inf
+def clean(folder, hours=0):
+    """Remove the temporary files that killed processes left in a folder, those older than `hours`."""
+    for path in Path(folder).glob(".*.tmp"):
+        with contextlib.suppress(OSError):
+            if path.stat().st_mtime <= time.time() - hours * 3600:
+                path.unlink()
 
 
-def seen_mimg(config, epoch, n_images):
-    """Million training images seen by the end of an epoch, of n_images in the training set."""
-    return (epoch + 1) * (n_images // config["batch_size"]) * config["batch_size"] / 1e6
-
-
-def record(config, results, device):
-    """Append results to save_dir/results.jsonl, one line each, and show them in TensorBoard at their epochs.
-
-    results: (TensorBoard's name, {figure, value, epoch, ...}) each; the command, versions, device and date are added.
-    """
-    from torch.utils.tensorboard import SummaryWriter  # Slow to import: only where it is used.
-    common = {"dataset": config["dataset"], "net_type": config["net_type"],
-            "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-            "versions": {name: metadata.version(name) for name in ("torch", "torchvision", "torch-fidelity", "numpy")},
-            "processes": int(os.environ.get("WORLD_SIZE", 1)), "device": device_name(device),
-            "date": datetime.now().astimezone().isoformat(timespec="seconds")}
-    path = make_folder(config["save_dir"]) / "results.jsonl"
-    cut = path.exists() and path.stat().st_size > 0 and path.read_bytes()[-1:] != b"\n"
-    with reported(path), open(path, "a") as f:
-        f.write("\n" * cut + "".join(json.dumps(result | common) + "\n" for _, result in results))
-    # In a folder of their own: TensorBoard follows the newest file of a folder, and training may still write its own.
-    with SummaryWriter(Path(config["save_dir"]) / "tensorboard" / "scores") as tensorboard:
-        for name, result in results:
-            tensorboard.add_scalar(name, result["value"], result["epoch"])
-
-
-class Log:
-    """Figures of a run: one JSON line each in save_dir/metrics.jsonl, and TensorBoard in save_dir/tensorboard.
-
-    A run that goes on from `step` drops the lines after it. Active in the main process alone.
-    """
-
-    def __init__(self, save_dir, step, active):
-        self.active = active
-        if not active:
-            return
-        from torch.utils.tensorboard import SummaryWriter  # Slow to import: only where it is used.
-        path = Path(save_dir) / "metrics.jsonl"
-        kept = [line for line in path.read_text(errors="replace").splitlines(keepends=True)
-                if step_of(line) <= step] if path.exists() else []
-        with atomic(path) as temporary:
-            temporary.write_text("".join(kept))
-        self.file = path.open("a", buffering=1)
-        self.tensorboard = SummaryWriter(Path(save_dir) / "tensorboard", purge_step=step + 1)
-
-    def write(self, step, figures):
-        """Write figures (a dict of numbers and None) at a step, counted in steps done."""
-        if self.active:
-            plain = {k: v if v is None or math.isfinite(v) else None for k, v in figures.items()}
-            self.file.write(json.dumps({"step": step, **plain}) + "\n")
-            for name, value in figures.items():
-                if value is not None:
-                    self.tensorboard.add_scalar(name, value, step)
-
-    def image(self, step, name, image):
-        """Show an image (C,H,W) uint8 in TensorBoard."""
-        if self.active:
-            self.tensorboard.add_image(name, image, step)
-
-    def close(self):
-        """Write out what is pending."""
-        if self.active:
-            self.file.close()
-            self.tensorboard.close()
+def append(path, data):
+    """Append bytes to a file, all or none of them."""
+    with open(path, "ab", buffering=0) as file:
+        start, rest = file.tell(), memoryview(data)
+        try:
+            while rest:
+                rest = rest[file.write(rest):]
+        except OSError:
+            file.truncate(start)
+            raise

@@ -4,8 +4,8 @@ One process:          python sample.py --config config/cifar10/C.yaml --use_amp
 One machine, 4 GPUs:  torchrun --nproc_per_node=4 sample.py --config config/cifar10/C.yaml --use_amp --epoch 1000
 Two machines, each:   torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 \\
                           sample.py --config config/cifar10/C.yaml --use_amp --epoch 1000
-Images go to save_dir/samples/<epoch>/images/000000.png ..., beside grid.png. Image i is the same whatever the
-processes and batches. Started again, it makes only the images that are missing.
+Images go to save_dir/samples/<epoch>/images/000000.png ..., beside grid.png. Image i is the same whatever
+the processes. Started again, it makes only the images that are missing.
 """
 
 import json
@@ -34,18 +34,17 @@ def main():
     epoch = rt.agree(checkpoint.find(config, args.epoch))
     folder = Path(args.out or checkpoint.samples_folder(config, epoch, variant(args)))
     denoiser = checkpoint.load_edm(config, epoch, args.weights, args, rt.device)
-    refusal = rt.agree(claim(folder, config, args, epoch) if rt.is_main else None)
-    if refusal:
-        raise UserError(refusal)
-    missing = [i for i in range(args.n_samples) if not png(folder, i).exists()]
-    rt.barrier()        # No process writes before all have looked.
-    rt.print(f"{args.weights} weights of epoch {epoch}, seed {args.seed}: {len(missing):,} of {args.n_samples:,} "
-             f"images to make in {folder} ({rt.world_size} process{'es' * (rt.world_size > 1)} on "
-             f"{runtime.device_name(rt.device)})")
-    write_images(denoiser, missing[rt.rank::rt.world_size], folder, config, args, rt)
-    rt.barrier()
-    if rt.is_main:
-        finish(folder, args)
+    runtime.check_writable(folder)
+    with runtime.lock(folder, rt):
+        rt.on_main(claim, folder, config, args, epoch)
+        missing = rt.on_main(find_missing, folder, args.n_samples)
+        rt.print(f"{args.weights} weights of epoch {epoch}, seed {args.seed}: {len(missing):,} of {args.n_samples:,} "
+                 f"images to make in {folder} ({rt.world_size} process{'es' * (rt.world_size > 1)} on "
+                 f"{runtime.device_name(rt.device)})")
+        write_images(denoiser, set(missing), folder, config, args, rt)
+        rt.barrier()
+        if rt.is_main:
+            finish(folder, args)
 
 
 def parse_arguments():
@@ -82,27 +81,27 @@ def describe(config, args, epoch):
 
 
 def claim(folder, config, args, epoch):
-    """Make the folder, or check that what it holds was made with the same settings; else return why it is refused."""
+    """Note the settings in the folder. Raises UserError where what it holds was made with others."""
     settings, note, n_samples = describe(config, args, epoch), folder / "settings.json", args.n_samples
-    runtime.check_writable(folder)
     if note.exists():
         try:
             made = dict(json.loads(note.read_text()))
         except (ValueError, TypeError):
-            return f"{note} is damaged: remove {folder}, or choose another folder with --out"
+            raise UserError(f"{note} is damaged: remove {folder}, or choose another folder with --out") from None
         n_samples = max(n_samples, made["n_samples"]) if isinstance(made.get("n_samples"), int) else n_samples
         differences = [f"{key} {made.get(key)!r} there, {value!r} here"
                        for key, value in settings.items() if made.get(key) != value]
         if differences:
-            return (f"{folder} holds images made with other settings ({'; '.join(differences)}): "
-                    f"choose another folder with --out, or remove it")
+            raise UserError(f"{folder} holds images made with other settings ({'; '.join(differences)}): "
+                            f"choose another folder with --out, or remove it")
     elif any(folder.glob("images/*")):
-        return (f"{folder}/images holds files, but no settings.json says how they were made: "
-                f"choose another folder with --out")
+        raise UserError(f"{folder}/images holds files, but no settings.json says how they were made: "
+                        f"choose another folder with --out")
     runtime.make_folder(folder / "images")
     with runtime.atomic(note) as temporary:
         temporary.write_text(json.dumps(settings | {"n_samples": n_samples}, indent=1) + "\n")
-    return None
+    for part in (folder, folder / "images"):
+        runtime.clean(part)
 
 
 def png(folder, i):
@@ -110,20 +109,31 @@ def png(folder, i):
     return folder / "images" / f"{i:06d}.png"
 
 
+def find_missing(folder, n_samples):
+    """The numbers of the images that are still to be made."""
+    return [i for i in range(n_samples) if not png(folder, i).exists()]
+
+
 def write_images(denoiser, missing, folder, config, args, rt):
-    """Sample this process's images in batches; threads write the PNGs while the next batch is computed."""
+    """Sample in batches, this process's among all; threads write the PNGs while the next batch is computed.
+
+    A batch is made whole where any of it is missing: rounding depends on what is computed together, so images 0..size-1
+    always are, and so on, whatever was there and however many processes share the work.
+    """
     shape = config["network"]["image_shape"]
     size = args.batch_gpu or (512 if rt.device.type == "cuda" else 64)
-    with ThreadPoolExecutor(4) as pool, rt.bar(len(missing), "img", shared=True) as bar:
+    batches = [range(start, min(start + size, args.n_samples)) for start in range(0, args.n_samples, size)]
+    batches = [batch for batch in batches if not missing.isdisjoint(batch)]
+    with ThreadPoolExecutor(4) as pool, rt.bar(len(missing), "img") as bar:
         writing = []
-        for start in range(0, len(missing), size):
-            part = missing[start:start + size]
-            images = edm.generate(denoiser, part, shape, rt.device, args.seed, args.steps, args.eta,
+        for batch in batches[rt.rank::rt.world_size]:
+            images = edm.generate(denoiser, batch, shape, rt.device, args.seed, args.steps, args.eta,
                                   args.clip_denoised).cpu()
             for future in writing:
                 future.result()
-            writing = [pool.submit(data.save_png, image, png(folder, i)) for i, image in zip(part, images, strict=True)]
-            bar.update(len(part))
+            writing = [pool.submit(data.save_png, image, png(folder, i)) for i, image in zip(batch, images, strict=True)
+                       if i in missing]
+            bar.update(min(len(writing) * rt.world_size, bar.total - bar.n))
         for future in writing:
             future.result()
 

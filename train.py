@@ -4,13 +4,16 @@ One process:          python train.py --config config/cifar10/C.yaml --use_amp
 One machine, 4 GPUs:  torchrun --nproc_per_node=4 train.py --config config/cifar10/C.yaml --use_amp
 Two machines, each:   torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 \\
                           train.py --config config/cifar10/C.yaml --use_amp
-Only show what it would do: add --dry_run. Started again, it goes on from the newest checkpoint in save_dir.
+Only show what it would do: add --dry_run. Started again, after whatever ended it, it goes on from the newest
+checkpoint in save_dir; with --max-restarts=N torchrun starts it again by itself (docs/reliability.md).
 """
 
 import contextlib
 import math
+import os
 import time
 import warnings
+from pathlib import Path
 
 import torch
 import yaml
@@ -19,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 import checkpoint
 import data
 import edm
+import logs
 import options
 import runtime
 from runtime import UserError
@@ -35,17 +39,22 @@ def main():
     check_batch(config, rt)
     describe(config, args, rt)
     runtime.check_writable(config["save_dir"])
-    start_epoch = rt.agree(epoch_to_load(config))
+    if config["load_epoch"] >= 0:
+        checkpoint.find(config, config["load_epoch"])
     if args.dry_run:
         return
     with rt.in_turns():
         images, _ = data.load(config)
     if config["batch_size"] > len(images):
         raise UserError(f"batch_size {config['batch_size']} is more than the {len(images)} training images")
-    training = Training(config, args, rt, data.to_device(images, rt.device))
-    if start_epoch is not None:
-        training.restore(checkpoint.load(config, start_epoch))
-    train(training)
+    with runtime.lock(config["save_dir"], rt):
+        path = rt.on_main(checkpoint_to_load, config, args)
+        training = Training(config, args, rt, data.to_device(images, rt.device))
+        if path is not None:
+            training.restore(checkpoint.load(path))
+            if config["load_epoch"] >= 0:
+                rt.on_main(checkpoint.set_aside, config, training.step)
+        train(training)
 
 
 def parse_arguments():
@@ -53,6 +62,7 @@ def parse_arguments():
     p = options.parser(__doc__)
     options.network_flags(p)
     p.add_argument("--dry_run", action="store_true", help="print what would be trained and stop")
+    p.add_argument("--fresh", action="store_true", help="a new run: refuse a save_dir that holds one already")
     p.add_argument("--max_steps", type=options.argument(options.integer(1)), metavar="N",
                    help="stop after step N, without a checkpoint: for a quick look at speed and memory")
     return p.parse_args()
@@ -73,11 +83,25 @@ def describe(config, args, rt):
              f"{options.precision(args)}")
 
 
-def epoch_to_load(config):
-    """The epoch of the checkpoint to go on from, None for a new run: load_epoch, or else the newest there is."""
-    if config["load_epoch"] >= 0:
-        return checkpoint.find(config, config["load_epoch"])
-    return max(checkpoint.epochs(config), default=None)
+def checkpoint_to_load(config, args):
+    """The checkpoint to go on from, None for a new run: the newest whole one, or that of load_epoch.
+
+    Raises UserError where --fresh finds one. Both are for the first start: a run that has gone on from load_epoch and
+    is started again goes on from its newest checkpoint.
+    """
+    if args.fresh and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+        if checkpoint.folder_of(config).exists() and any(checkpoint.folder_of(config).glob("*.pth")):
+            raise UserError(f"--fresh: {config['save_dir']} holds the checkpoints of a run: choose another save_dir, "
+                            f"or remove it")
+        return None
+    newest = checkpoint.newest(config)
+    if config["load_epoch"] < 0:
+        return newest
+    picked = checkpoint.path_of(config, checkpoint.find(config, config["load_epoch"]))
+    if newest and checkpoint.step_in(newest) > checkpoint.step_in(picked) and (
+            checkpoint.load(newest)["config"]["load_epoch"] == config["load_epoch"]):
+        return newest
+    return picked
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -100,7 +124,9 @@ class Training:
         self.max_steps = args.max_steps
         self.step = 0                                                   # Steps done.
         self.bad_steps = torch.zeros([], dtype=torch.int64, device=rt.device)   # In a row, with NaN or Inf gradients.
-        self.loss_sum = torch.zeros(2, device=rt.device)                # Weighted and unweighted, of this process.
+        self.loss_sum = torch.zeros(2, device=rt.device)                # Weighted and unweighted, of this process,
+        self.window = 0                                                 # in the steps after this one.
+        self.precision = options.precision(args)
         self.generator = torch.Generator(rt.device)
 
         # Network.
@@ -202,18 +228,26 @@ class Training:
                             f"training stops. Go on from the last checkpoint with --amp_dtype bfloat16 or without "
                             f"--use_amp, or begin anew in another save_dir with a lower lrate")
 
-    def state(self, epoch):
-        """The checkpoint: plain tensors and plain values."""
+    def state(self):
+        """The checkpoint: plain tensors and plain values. Every process must call it."""
         return {
             "network": self.edm.net.state_dict(), "uncertainty": self.edm.uncertainty.state_dict(),
             "ema": self.ema.ema_model.state_dict(), "ema_step": self.ema.step.item(),
             "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
-            "step": self.step, "epoch": epoch, "config": self.config,
+            "step": self.step, "epoch": (self.step - 1) // self.steps_per_epoch,
+            "loss_sum": self.rt.all_reduce(self.loss_sum.clone()), "window": self.window,
+            "bad_steps": self.bad_steps.item(), "n_images": len(self.images), "precision": self.precision,
+            "config": self.config,
         }
 
     def restore(self, state):
         """Take over a checkpoint. Raises UserError where it is of another run."""
         checkpoint.check_same_run(self.config, state["config"])
+        if state["n_images"] != len(self.images):
+            raise UserError(f"{self.config['save_dir']} holds a run on {state['n_images']} images, but there are "
+                            f"{len(self.images)} now: bring the data back or choose another save_dir")
+        if state["precision"] != self.precision and self.rt.is_main:
+            runtime.warn(f"the run was trained in {state['precision']} and goes on in {self.precision}")
         checkpoint.restore(self.edm.net, state["network"])
         checkpoint.restore(self.edm.uncertainty, state["uncertainty"])
         checkpoint.restore(self.ema.ema_model, state["ema"])
@@ -228,49 +262,113 @@ class Training:
                             if value.shape == p.shape and p.ndim > 0})
         if self.scaler.is_enabled() and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
-        self.step = state["step"]
+        self.step, self.window = state["step"], state["window"]
+        self.bad_steps.fill_(state["bad_steps"])
+        if self.rt.is_main:                                     # The other processes' sums are in it.
+            self.loss_sum.copy_(state["loss_sum"])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The loop.
 
 def train(training):
-    """Train to n_epoch from where `training` is, with figures, checkpoints and sample grids in save_dir."""
+    """Train to n_epoch from where `training` is, with figures, checkpoints and sample grids in save_dir.
+
+    Raises Stopped after SIGTERM, SIGINT or SIGHUP, saved; UserError at the end where something could not be written.
+    """
     t, rt, config = training, training.rt, training.config
-    start_epoch = t.step // t.steps_per_epoch
-    if start_epoch >= config["n_epoch"]:
-        rt.print(f"{config['save_dir']} is trained to epoch {start_epoch - 1} already: raise n_epoch to go on")
+    if t.step >= t.total_steps:
+        rt.on_main(checkpoint.forget_latest, config)
+        rt.print(f"{config['save_dir']} is trained to epoch {t.step // t.steps_per_epoch - 1} already: raise n_epoch "
+                 f"to go on")
         return
     if rt.is_main:
-        for name in ("ckpts", "grids", "tensorboard"):
-            runtime.make_folder(f"{config['save_dir']}/{name}")
-    if start_epoch:
-        rt.print(f"going on in {config['save_dir']} after epoch {start_epoch - 1}, step {t.step}")
-    log = runtime.Log(config["save_dir"], t.step, rt.is_main)
-    with contextlib.closing(log), rt.bar(t.total_steps, "step", initial=t.step) as bar:
-        meter = Meter(t)
-        for epoch in range(start_epoch, config["n_epoch"]):
-            order = data.epoch_order(len(t.images), config["seed"], epoch).to(t.images.device)
-            for index in order.split(config["batch_size"])[:t.steps_per_epoch]:
-                lr = t.learning_rate()
-                grad_norm = t.training_step(index)
-                bar.update()
-                stop = t.max_steps is not None and t.step >= t.max_steps
-                if t.step % config["log_every"] == 0 or t.step % t.steps_per_epoch == 0 or stop:
-                    figures = meter.read(epoch, lr, grad_norm)
-                    log.write(t.step, figures)
-                    bar.set_postfix(loss=f"{figures['loss']:.4f}", img_per_s=f"{figures['img_per_s']:.0f}",
-                                    refresh=False)
-                    t.check_bad_steps()
-                if stop:
-                    rt.print(f"stopped after step {t.step} as --max_steps says, without a checkpoint")
-                    return
-            if epoch % config["save_every"] == 0 or epoch == config["n_epoch"] - 1:
-                if config["save_model"] and rt.is_main:
-                    checkpoint.save(config, epoch, t.state(epoch))
-                sample_grid(t, epoch, log)
-                meter.restart()
+        for name in ("", "ckpts", "grids", "tensorboard"):
+            runtime.clean(runtime.make_folder(f"{config['save_dir']}/{name}"))
+    if t.step:
+        rt.print(f"going on in {config['save_dir']} after step {t.step}")
+    log = logs.Log(config["save_dir"], t.step, rt.is_main)
+    saver = checkpoint.Saver(config, log)
+    with contextlib.closing(log), contextlib.closing(saver), rt.bar(t.total_steps, "step", initial=t.step) as bar:
+        run_steps(t, log, saver, bar)
+        saved = saver.finish()
+    if t.step < t.total_steps:
+        rt.print(f"stopped after step {t.step} as --max_steps says, without a checkpoint")
+        return
+    if saved and rt.is_main:
+        checkpoint.forget_latest(config)
+    rt.on_main(log.check)
     rt.print(f"done: checkpoints, sample grids, metrics.jsonl and tensorboard are in {config['save_dir']}")
+
+
+def run_steps(t, log, saver, bar):
+    """Train to the last step, or to --max_steps."""
+    meter, signals = Meter(t), runtime.Signals(t.rt)
+    if t.step and t.step % t.steps_per_epoch == 0:
+        end_epoch(t, log, saver, signals, resumed=True)
+    for epoch, index in batches(t):
+        lr = t.learning_rate()
+        grad_norm = t.training_step(index)
+        signals.unsaved = True
+        bar.update()
+
+        # Figures.
+        enough = t.max_steps is not None and t.step >= t.max_steps
+        if t.step % t.config["log_every"] == 0 or t.step % t.steps_per_epoch == 0 or enough:
+            figures = meter.read(epoch, lr, grad_norm)
+            log.write(t.step, figures)
+            bar.set_postfix(loss=f"{figures['loss']:.4f}", img_per_s=f"{figures['img_per_s']:.0f}", refresh=False)
+            t.check_bad_steps()
+        if enough:
+            return
+
+        # Saves.
+        if t.step % t.steps_per_epoch == 0:
+            end_epoch(t, log, saver, signals)
+            meter.pause()
+            if t.step == t.total_steps:
+                return
+        signum, due = signals.agree(saver.is_due())
+        if due or signum:
+            saver.save(t.state(), checkpoint.latest_paths(t.config)[0])
+        if signum:
+            leave(t, saver, signum)
+
+
+def batches(t):
+    """The epoch and the image numbers, the total batch's (B,), of each step from the present one on."""
+    B = t.config["batch_size"]
+    for epoch in range(t.step // t.steps_per_epoch, t.config["n_epoch"]):
+        order = data.epoch_order(len(t.images), t.config["seed"], epoch).to(t.images.device)
+        for index in order.split(B)[t.step % t.steps_per_epoch:t.steps_per_epoch]:
+            yield epoch, index
+
+
+def end_epoch(t, log, saver, signals, resumed=False):
+    """Save the checkpoint and draw the sample grid of the epoch that has just ended, where they are due.
+
+    resumed: only what is missing, where the run was ended just then.
+    """
+    epoch = t.step // t.steps_per_epoch - 1
+    if epoch % t.config["save_every"] and epoch != t.config["n_epoch"] - 1:
+        return
+    paths = checkpoint.path_of(t.config, epoch), grid_path(t.config, epoch)
+    saved, drawn = t.rt.on_main(lambda: [resumed and path.exists() for path in paths])
+    if not saved:
+        saver.save(t.state(), paths[0])
+    if not drawn:
+        signals.unsaved = not t.config["save_model"]        # A signal may end this at once: a restart draws it again.
+        sample_grid(t, epoch, log)
+        signals.unsaved = True
+
+
+def leave(t, saver, signum):
+    """Wait until the main process has saved, then leave. Raises Stopped, or UserError where the save failed."""
+    if not t.rt.on_main(saver.finish):
+        raise UserError(f"stopped by signal {signum}, and the last save failed: the same command goes on from the one "
+                        f"before")
+    saved = f" and saved in {t.config['save_dir']}: the same command goes on" if t.config["save_model"] else ""
+    raise runtime.Stopped(signum, f" after step {t.step}{saved}" if t.rt.is_main else None)
 
 
 class Meter:
@@ -278,29 +376,34 @@ class Meter:
 
     def __init__(self, training):
         self.training = training
-        self.restart()
+        self.pause()
 
-    def restart(self):
-        """Begin a new window at this step."""
+    def pause(self):
+        """Begin to measure the time anew, at this step."""
         self.step, self.time = self.training.step, time.perf_counter()
-        self.training.loss_sum.zero_()
 
     def read(self, epoch, lr, grad_norm):
         """Return the figures of the window and begin a new one. Losses are means per pixel over all processes."""
         t = self.training
-        steps = t.step - self.step
-        n_images = steps * t.config["batch_size"]
+        n_images = (t.step - t.window) * t.config["batch_size"]
         loss, unweighted = (t.rt.all_reduce(t.loss_sum) / n_images).tolist()
-        seconds = time.perf_counter() - self.time
+        steps, seconds = t.step - self.step, time.perf_counter() - self.time
         figures = {
             "epoch": epoch, "Mimg": t.step * t.config["batch_size"] / 1e6,
             "loss": loss, "loss_unweighted": unweighted, "lr": lr, "grad_norm": grad_norm.item(),
             "ema_decay": t.ema.get_current_decay(),
-            "img_per_s": n_images / seconds, "step_time_s": seconds / steps,
+            "img_per_s": steps * t.config["batch_size"] / seconds, "step_time_s": seconds / steps,
             "gpu_memory_GB": torch.cuda.max_memory_allocated() / 1e9 if t.rt.device.type == "cuda" else None,
         }
-        self.restart()
+        t.loss_sum.zero_()
+        t.window = t.step
+        self.pause()
         return figures
+
+
+def grid_path(config, epoch):
+    """The file of the sample grid of an epoch."""
+    return Path(config["save_dir"]) / "grids" / f"{epoch:04d}.png"
 
 
 def sample_grid(training, epoch, log):
@@ -318,8 +421,11 @@ def sample_grid(training, epoch, log):
     n_columns = math.ceil(math.sqrt(n))
     real = t.images[::max(1, len(t.images) // n)][:n].cpu()
     image = torch.cat([data.grid(samples, n_columns), data.grid(real, n_columns)], dim=1)
-    data.save_png(image, f"{t.config['save_dir']}/grids/{epoch:04d}.png")
     log.image(t.step, "samples above real images", image)
+    try:
+        data.save_png(image, grid_path(t.config, epoch))
+    except UserError as e:                  # A full disk: the next grid may fit.
+        log.failed(t.step, str(e))
 
 
 if __name__ == "__main__":

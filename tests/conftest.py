@@ -1,9 +1,13 @@
 """What the tests share: a tiny config, the commands as real processes, and where the real data lie."""
 
+import contextlib
 import hashlib
+import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -13,6 +17,13 @@ import yaml
 ROOT = Path(__file__).parents[1]
 DATA = ROOT.parent / "shared" / "data"
 NETS = ["UNetC", "UNetE", "UNetG"]
+
+# Under pytest-xdist each worker, and all that it starts, has one core of its own: threads of two tests on the same cores
+# wait for each other and slow both down tenfold.
+if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw")) % len(cores)]})
+    torch.set_num_threads(1)
 
 needs_cifar10 = pytest.mark.skipif(not (DATA / "cifar-10-batches-py").is_dir(), reason=f"no CIFAR-10 in {DATA}")
 needs_tiny = pytest.mark.skipif(not (DATA / "tiny-imagenet-200-small.zip").is_file(), reason=f"no zip in {DATA}")
@@ -33,14 +44,19 @@ def tiny_config(folder, net_type="UNetC", **changes):
     return path
 
 
-def run(script, *args, processes=None, cwd=ROOT, timeout=600):
-    """Run a command as a user does, under torchrun where `processes` is given; return the finished process."""
+def launch(script, *args, processes=None, restarts=0):
+    """The command line and environment of a command, under torchrun where `processes` is given."""
     launcher = [sys.executable]
     if processes:
-        launcher = [str(Path(sys.executable).with_name("torchrun")), "--standalone", f"--nproc_per_node={processes}"]
+        launcher = [str(Path(sys.executable).with_name("torchrun")), "--standalone", f"--nproc_per_node={processes}",
+                    f"--max-restarts={restarts}"]
     env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")}
-    return subprocess.run([*launcher, str(ROOT / script), *map(str, args)], cwd=cwd, env=env, timeout=timeout,
-                          capture_output=True, text=True)
+    return {"args": [*launcher, str(ROOT / script), *map(str, args)], "env": env, "text": True}
+
+
+def run(script, *args, processes=None, cwd=ROOT, timeout=600):
+    """Run a command as a user does; return the finished process."""
+    return subprocess.run(**launch(script, *args, processes=processes), cwd=cwd, timeout=timeout, capture_output=True)
 
 
 def succeed(*args, **kwargs):
@@ -48,6 +64,59 @@ def succeed(*args, **kwargs):
     done = run(*args, **kwargs)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return done.stdout
+
+
+@contextlib.contextmanager
+def started(folder, script, *args, processes=None, restarts=0):
+    """Start a command; its output goes to folder/out and folder/err. What is left of it in the end is killed."""
+    with open(folder / "out", "w") as out, open(folder / "err", "w") as err:
+        process = subprocess.Popen(**launch(script, *args, processes=processes, restarts=restarts), stdout=out,
+                                   stderr=err, start_new_session=True)
+    try:
+        yield process
+    finally:
+        kill_all(str(args[args.index("--config") + 1]))
+        process.wait()
+
+
+def processes_of(word):
+    """The processes with `word` in their command line: {pid: environment}; torchrun has no RANK in its own."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if word in (folder / "cmdline").read_text(errors="replace") and int(folder.name) != os.getpid():
+                lines = (folder / "environ").read_text(errors="replace").split("\0")
+                found[int(folder.name)] = dict(line.partition("=")[::2] for line in lines)
+        except OSError:                     # It has ended meanwhile.
+            pass
+    return found
+
+
+def kill_all(word):
+    """SIGKILL to every process with `word` in its command line."""
+    for pid in processes_of(word):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def wait_until(condition, timeout=120):
+    """Look every 5 ms until condition() is true."""
+    end = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < end, "it did not come to that"
+        time.sleep(0.005)
+
+
+def metrics(save_dir):
+    """The whole lines of metrics.jsonl."""
+    path = Path(save_dir) / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def last_step(save_dir):
+    """The step of the last line of metrics.jsonl."""
+    return max((row["step"] for row in metrics(save_dir)), default=0)
 
 
 def weights(save_dir, epoch, key="network"):

@@ -141,11 +141,6 @@ def test_folder_without_classes_or_missing(tmp_path):
         data.load(config("folder", tmp_path, [3, 8, 8]))
 
 
-def test_image_shape_that_the_data_do_not_have():
-    with pytest.raises(UserError, match=r"\[1, 8, 8\].*\[3, 8, 8\]"):
-        data.load(config("digits", "", [3, 8, 8]))
-
-
 @pytest.mark.parametrize(("dataset", "shape", "words"), [
     ("cifar10", [3, 32, 32], ["https://www.cs.toronto.edu", "cifar-10-batches-py", "c58f30108f718f92721af3b95e74349a"]),
     ("cifar100", [3, 32, 32], ["https://www.cs.toronto.edu", "cifar-100-python", "eb9058c3a382ffc7106e4002c42a8d85"]),

@@ -75,7 +75,7 @@ def test_checkpoints(tmp_path):
     for epoch in (0, 100):
         (folder / f"model_{epoch}.pth").write_bytes(b"damaged")
     refused(tmp_path, "sample.py", "--config", path, "--epoch", 7, words=["epoch 7", "there are 0, 100"])
-    refused(tmp_path, "train.py", "--config", path, words=["cannot read the checkpoint", "model_100.pth"])
+    refused(tmp_path, "sample.py", "--config", path, words=["model_100.pth", "damaged"])
 
 
 @pytest.mark.parametrize("content", [b"", b"PK" + bytes(1000), b"text", {"network": 1}, [1], object])
@@ -87,8 +87,11 @@ def test_damaged_checkpoints_are_named(tmp_path, content):
         path.write_bytes(content)
     else:
         torch.save(content, path)               # The last one would run code, were it unpickled.
-    with pytest.raises(UserError, match=r"model_3\.pth"):
-        checkpoint.load(config, 3)
+    with pytest.raises(UserError, match=r"model_3\.pth is damaged"):
+        checkpoint.load(path)
+    checkpoint.write(path, {"step": 1, "network": 1})           # With a checksum, and not of this project.
+    with pytest.raises(UserError, match=r"model_3\.pth is not a checkpoint of this project"):
+        checkpoint.load(path)
 
 
 def test_arguments(tmp_path):

@@ -1,25 +1,21 @@
 """train.py as users run it: real processes, one, two and four of them."""
 
 import copy
-import json
 import math
 
 import numpy as np
 import pytest
 import torch
-from conftest import DATA, NETS, ROOT, distance, needs_cifar10, run, succeed, tiny_config, weights
+from conftest import DATA, NETS, ROOT, distance, metrics, needs_cifar10, run, succeed, tiny_config, weights
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import logs
 import options
 import runtime
 import train as train_script
 
 ALL = ["network", "ema", "uncertainty"]
-
-
-def metrics(save_dir):
-    return [json.loads(line) for line in (save_dir / "metrics.jsonl").read_text().splitlines()]
 
 
 def same_run(tmp_path, name, net_type, *args, processes=None, **changes):
@@ -58,7 +54,8 @@ def trained(tmp_path_factory):
 
 
 def test_outputs_of_a_run(trained):
-    assert sorted(p.name for p in trained.iterdir()) == ["ckpts", "grids", "metrics.jsonl", "tensorboard"]
+    assert sorted(p.name for p in trained.iterdir()) == [
+        ".lock", "ckpts", "grids", "metrics.jsonl", "tensorboard"]
     assert sorted(p.name for p in (trained / "ckpts").iterdir()) == ["model_0.pth", "model_1.pth"]
     rows = metrics(trained)
     assert [row["step"] for row in rows] == [5, 10, 15, 20]
@@ -88,7 +85,8 @@ def test_checkpoint_holds_plain_tensors_and_values_once(trained):
 
     state["network"] = dict(state["network"])
     assert plain(state)
-    assert set(state) == {*ALL, "ema_step", "optimizer", "scaler", "step", "epoch", "config"}
+    assert set(state) == {*ALL, "ema_step", "optimizer", "scaler", "step", "epoch", "loss_sum", "window", "bad_steps",
+                          "n_images", "precision", "config"}
     assert (state["step"], state["epoch"], state["ema_step"]) == (20, 1, 20)
     assert state["config"] == options.load_config(trained.parent / "config.yaml")
     net_names = set(state["network"])
@@ -117,7 +115,7 @@ def test_going_on_gives_the_same_run(trained, tmp_path):
 def test_a_cut_line_of_metrics_is_dropped(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step": 1}\n{"step": 2}\n{"step": 3}\n{"step": \xff')
-    runtime.Log(tmp_path, 2, True).close()
+    logs.Log(tmp_path, 2, True).close()
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
 
 
@@ -296,10 +294,10 @@ def test_going_on_in_another_memory_layout(tmp_path, dtype):
     for t, steps in ((whole, 6), (parts, 3)):
         for _ in range(steps):
             t.training_step(torch.arange(8))
-    other.restore(copy.deepcopy(parts.state(0)))
+    other.restore(copy.deepcopy(parts.state()))
     for _ in range(3):
         other.training_step(torch.arange(8))
-    assert distance(whole.state(0)["network"], other.state(0)["network"]) < (1e-5 if dtype is None else 1e-2)
+    assert distance(whole.state()["network"], other.state()["network"]) < (1e-5 if dtype is None else 1e-2)
 
 
 def test_a_good_step_ends_the_row(tmp_path):
@@ -403,5 +401,5 @@ def test_compiled_step_is_the_plain_step(tmp_path, net_type):
             t.optimizer.zero_grad()
             t.training_step(torch.arange(8))
         assert distance(*gradients) < 1e-5
-    assert list(plain.state(0)["network"]) == list(compiled.state(0)["network"])
-    assert distance(plain.state(0)["network"], compiled.state(0)["network"]) < 1e-4
+    assert list(plain.state()["network"]) == list(compiled.state()["network"])
+    assert distance(plain.state()["network"], compiled.state()["network"]) < 1e-4
