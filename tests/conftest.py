@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 DATA = ROOT.parent / "shared" / "data"
 NETS = ["UNetC", "UNetE", "UNetG"]
 
-# Under pytest-xdist each worker, and all that it starts, has one core of its own: threads of two tests on the same cores
+# Under pytest-xdist each worker, and all that it starts, has one core of its own: threads of two tests on one core
 # wait for each other and slow both down tenfold.
 if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):
     cores = sorted(os.sched_getaffinity(0))

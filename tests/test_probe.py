@@ -11,6 +11,7 @@ from conftest import DATA, NETS, ROOT, needs_cifar10, run, succeed, tiny_config
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
 
+import checkpoint
 import data
 import edm
 import options
@@ -269,6 +270,6 @@ def test_a_diverged_network_is_named(trained, tmp_path):
     file = tmp_path / "run" / "ckpts" / "model_1.pth"
     state = torch.load(file, weights_only=True)
     next(v for k, v in state["ema"].items() if v.ndim == 4).fill_(np.nan)
-    torch.save(state, file)
+    checkpoint.write(file, state)
     done = run("probe.py", "--config", path, "--set", f"save_dir={tmp_path / 'run'}")
     assert done.returncode == 2 and "NaN" in done.stderr and "Traceback" not in done.stderr

@@ -36,7 +36,7 @@ def test_outputs(reference):
     images = read(reference)
     assert images.shape == (N, 8, 8) and images.std() > 30
     assert len({image.tobytes() for image in images}) == N
-    assert sorted(p.name for p in reference.iterdir()) == ["grid.png", "images", "settings.json"]
+    assert sorted(p.name for p in reference.iterdir()) == [".lock", "grid.png", "images", "settings.json"]
     assert Image.open(reference / "grid.png").size == (8 * 34 + 2, 5 * 34 + 2)
     assert json.loads((reference / "settings.json").read_text())["weights"] == "ema"
 
@@ -75,11 +75,11 @@ def test_started_again_it_makes_what_is_missing(config, tmp_path):
 @pytest.mark.parametrize("args", [["--seed", 1], ["--weights", "model"], ["--eta", 0.5], ["--steps", 9],
                                   ["--epoch", 0], ["--clip_denoised"], ["--use_amp"]])
 def test_a_folder_of_other_settings_is_refused(config, reference, args):
-    before = {p: p.stat().st_mtime_ns for p in reference.rglob("*")}
+    before = {p: p.stat().st_mtime_ns for p in reference.rglob("[!.]*")}
     done = run("sample.py", "--config", config, "--n_samples", N + 1, "--out", reference, *args)
     assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1
     assert "other settings" in done.stderr and args[0].lstrip("-").replace("use_amp", "precision") in done.stderr
-    assert before == {p: p.stat().st_mtime_ns for p in reference.rglob("*")}
+    assert before == {p: p.stat().st_mtime_ns for p in reference.rglob("[!.]*")}
 
 
 @pytest.mark.parametrize(("name", "content"), [
