@@ -4,10 +4,13 @@ save_dir/ckpts/model_{epoch}.pth is what an epoch left behind; latest.pth and la
 the way there, are there until the run is done.
 """
 
+import contextlib
 import hashlib
+import math
 import os
 import re
 import time
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,14 +18,15 @@ import torch
 
 import edm
 import options
-from runtime import UserError, atomic, make_folder, reported, warn
+from runtime import UserError, atomic, make_folder, warn
 
 # What a checkpoint holds.
 KINDS = {"network": dict, "uncertainty": dict, "ema": dict, "ema_step": int, "optimizer": dict, "scaler": dict,
          "step": int, "epoch": int, "loss_sum": torch.Tensor, "window": int, "bad_steps": int, "n_images": int,
          "precision": str, "config": dict}
-# torch.save makes a zip file. Its zip comment is this, and then the SHA-256 of all that stands before.
-COMMENT = b"step %015d sha256 "
+# torch.save makes a zip file. Its zip comment is this, the CRC being that of the step, and then the SHA-256 of all that
+# stands before.
+COMMENT = b"step %015d crc32 %08x sha256 "
 DIGITS = 64
 RETRY = 60              # Seconds after a failed save until the next.
 
@@ -83,7 +87,7 @@ def write(path, state, before=None):
     before: what that file is then renamed to; None: it is replaced. Raises UserError where writing fails.
     """
     with atomic(path) as temporary:
-        comment = COMMENT % state["step"]
+        comment = comment_of(state["step"])
         with open(temporary, "w+b") as file:
             torch.save(state, file)
             file.seek(-2, os.SEEK_END)      # A zip file ends in the length of its comment.
@@ -95,24 +99,38 @@ def write(path, state, before=None):
             os.fsync(file.fileno())
         if before and path.exists():
             path.replace(before)
-    with reported(path):                    # The new name, too, is to outlast a loss of power.
+    with contextlib.suppress(OSError):      # The new name, too, is to outlast a loss of power, where folders can do it.
         folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def comment_of(step):
+    """What stands before the SHA-256 in the comment of a checkpoint."""
+    return COMMENT % (step, zlib.crc32(b"%d" % step))
 
 
 def step_in(path):
     """The step that a checkpoint's comment tells; infinity where it has none, as in a file that was cut."""
+    length = len(comment_of(0))
     try:
         with open(path, "rb") as file:
-            file.seek(-(len(COMMENT % 0) + DIGITS), os.SEEK_END)
-            return int(re.fullmatch(rb"step (\d{15}) sha256 ", file.read(len(COMMENT % 0)))[1])
-    except (OSError, TypeError):
-        return float("inf")
+            file.seek(-(length + DIGITS), os.SEEK_END)
+            comment = file.read(length)
+        step = int(comment[5:20])
+        return step if comment == comment_of(step) else math.inf
+    except (OSError, ValueError):
+        return math.inf
+
+
+class Damaged(UserError):
+    """A checkpoint is not what was written."""
 
 
 def verify(path):
-    """Raise UserError where a checkpoint cannot be read or its checksum says that it is damaged."""
+    """Raise Damaged where its checksum says that a checkpoint is damaged, another UserError where it cannot be read."""
     try:
         with open(path, "rb") as file:
             size = file.seek(0, os.SEEK_END)
@@ -126,7 +144,18 @@ def verify(path):
         hint = " (with several machines, save_dir must be on a disk that they share)" * isinstance(e, FileNotFoundError)
         raise UserError(f"cannot read the checkpoint {path}: {e.strerror}{hint}") from None
     if digest.hexdigest().encode() != told:
-        raise UserError(f"the checkpoint {path} is damaged: it was cut or changed (its SHA-256 is not the one noted)")
+        raise Damaged(f"the checkpoint {path} is damaged: " + (
+            "it was cut, or is of a version that noted no checksum" if math.isinf(step_in(path)) else
+            "it was changed (its SHA-256 is not the one noted)"))
+
+
+def is_whole(path):
+    """True where a checkpoint is there, can be read, and is what was written."""
+    try:
+        verify(path)
+        return True
+    except UserError:
+        return False
 
 
 def load(path):
@@ -146,22 +175,22 @@ def load(path):
 def newest(config):
     """The newest whole checkpoint to go on from, None where there are none; damaged ones are named on stderr.
 
-    Raises UserError where there are only damaged ones.
+    Raises UserError where there are only damaged ones, or one cannot be read: it may be whole.
     """
     paths = [path_of(config, epoch) for epoch in epochs(config)] + [p for p in latest_paths(config) if p.exists()]
     damaged = []
     for path in sorted(paths, key=step_in, reverse=True):
         try:
             verify(path)
-        except UserError as e:
-            warn(f"{e}: trying the one before")
+        except Damaged as e:
+            warn(f"{e}: looking for one before it")
             damaged.append(path)
             continue
         for other in set(damaged) & set(latest_paths(config)):
-            other.unlink()                  # Or the next save would keep it as the one before.
+            other.replace(f"{other}.damaged")           # Or the next save would keep it as the one before.
         return path
     if damaged:
-        raise UserError(f"{folder_of(config)} holds only damaged checkpoints: remove them to begin anew")
+        raise UserError(f"{folder_of(config)} holds only damaged checkpoints: move them away to begin anew")
     return None
 
 
@@ -207,11 +236,16 @@ class Saver:
         return self.writing is None
 
     def save(self, state, path):
-        """Begin to write a state to model_{epoch}.pth or latest.pth; waits for a save that is still under way."""
+        """Begin to write a state to model_{epoch}.pth or latest.pth; waits for a save that is still under way. Return
+        False where it cannot begin."""
         if self.log.active and self.config["save_model"]:
             self.finish()
+            self.log.flush()                # No checkpoint is newer than metrics.jsonl.
+            if self.log.pending[self.log.path]:
+                return self.failed(state["step"], f"cannot write {path} before {self.log.path}")
             self.writing = self.thread.submit(self.write, copied(state), path), state["step"]
             self.next_save = time.monotonic() + 60 * self.minutes
+        return True
 
     def write(self, state, path):
         """In the thread: write the copy of a state; the latest.pth until now becomes latest_before.pth."""
@@ -227,10 +261,14 @@ class Saver:
         try:
             future.result()
             return True
-        except (UserError, OSError) as e:
-            self.next_save = time.monotonic() + min(RETRY, 60 * self.minutes)
-            self.log.failed(step, f"{e}; the checkpoints until now are whole and the next save tries again")
-            return False
+        except (UserError, OSError, RuntimeError, MemoryError) as e:
+            return self.failed(step, str(e))
+
+    def failed(self, step, message):
+        """Report a save that failed, and try again soon. Return False."""
+        self.next_save = time.monotonic() + min(RETRY, 60 * self.minutes)
+        self.log.failed(step, f"{message}; the checkpoints until now are whole and the next save tries again")
+        return False
 
     def close(self):
         """Wait for the save under way, and end."""
@@ -250,12 +288,17 @@ def copied(state):
             return {key: each(item, function) for key, item in value.items()}
         return type(value)(each(item, function) for item in value) if isinstance(value, list | tuple) else value
 
-    try:
-        copy = each(state, torch.clone)
-    except torch.OutOfMemoryError:
-        copy = each(state, lambda tensor: tensor.to("cpu", copy=True))
+    sizes = []
+    each(state, lambda tensor: sizes.append(tensor.nbytes))
     if not torch.cuda.is_available():
+        copy = each(state, torch.clone)
         return lambda: copy
+    # What training has never used: or the copy would leave too little for the next step.
+    free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.max_memory_allocated()
+    if sum(sizes) > free:
+        copy = each(state, lambda tensor: tensor.to("cpu", copy=True))
+        return lambda: copy
+    copy = each(state, torch.clone)
     made = torch.cuda.current_stream().record_event()
 
     def fetch():

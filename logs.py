@@ -16,7 +16,7 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard import summary
 
-from runtime import UserError, append, atomic, device_name, make_folder, reported, warn
+from runtime import UserError, atomic, device_name, make_folder, reported, warn
 
 # ----------------------------------------------------------------------------------------------------------------------
 # TensorBoard's file format. Its SummaryWriter loses events, and its thread ends, where a disk is full for a while.
@@ -44,6 +44,18 @@ HEADER = {"file_version": "brain.Event:2"}
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Figures.
+
+def append(path, data):
+    """Append bytes to a file, all or none of them."""
+    with open(path, "ab", buffering=0) as file:
+        start, rest = file.tell(), memoryview(data)
+        try:
+            while rest:
+                rest = rest[file.write(rest):]
+        except OSError:
+            file.truncate(start)
+            raise
+
 
 def step_of(line):
     """The step of a line of metrics.jsonl; infinity for a line that a crash has cut."""
@@ -88,11 +100,11 @@ class Log:
     """
 
     def __init__(self, save_dir, step, active):
-        self.active, self.failures, self.full = active, [], set()    # What could not be written; where now.
+        self.active, self.failures, self.full = active, [], set()       # What could not be written; where now.
         if not active:
             return
         self.path = Path(save_dir) / "metrics.jsonl"
-        kept = [line for line in self.path.read_text(errors="replace").splitlines(keepends=True)
+        kept = [line.rstrip("\n") + "\n" for line in self.path.read_text(errors="replace").splitlines(keepends=True)
                 if step_of(line) <= step] if self.path.exists() else []
         with atomic(self.path) as temporary:
             temporary.write_text("".join(kept))
@@ -148,5 +160,5 @@ class Log:
     def check(self):
         """Raise UserError where anything could not be written in time."""
         if self.failures:
-            raise UserError(f"training is done, but {len(self.failures)} times something could not be written; first: "
+            raise UserError(f"the run has ended, but {len(self.failures)} times something could not be written; first: "
                             f"{self.failures[0]}")

@@ -47,6 +47,34 @@ def warn(message):
     print(f"{command_name()}: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
 
 
+class Tolerant:
+    """A stream that ends no run: what a full disk or a lost terminal does not take is dropped. A closed pipe raises."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        """Write what can be written."""
+        self.attempt(self.stream.write, text)
+
+    def flush(self):
+        """Bring out what can be written."""
+        self.attempt(self.stream.flush)
+
+    def attempt(self, function, *args):
+        """Call a function of the stream."""
+        try:
+            function(*args)
+        except BrokenPipeError:
+            if self.stream is not sys.__stderr__:
+                raise
+        except OSError:
+            pass
+
+
 def quiet_about_files(thread):
     """An excepthook of threads: who waits for a thread that could not read or write says so."""
     if not isinstance(thread.exc_value, OSError):
@@ -60,6 +88,7 @@ def command(main):
     def run(*args):
         name = command_name()
         threading.excepthook = quiet_about_files
+        sys.stdout, sys.stderr = Tolerant(sys.stdout), Tolerant(sys.stderr)
         try:
             main(*args)
             if dist.is_initialized():
@@ -177,8 +206,8 @@ def start():
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
     said = {name: os.environ[name] for name in names if name in os.environ}
     if said and not (len(said) == len(names) and all(value.isdecimal() for value in said.values())):
-        raise UserError(f"the environment says {', '.join(f'{name}={value}' for name, value in said.items())}, but "
-                        f"{', '.join(names)} are needed, all numbers: start with torchrun, or unset them")
+        raise UserError(f"the environment says {', '.join(f'{name}={value}' for name, value in said.items())}, as if by "
+                        f"torchrun, which sets {', '.join(names)} to numbers: start with torchrun, or unset them")
     env = dict(zip((name.lower() for name in names), map(int, said.values() or (0, 1, 0, 1)), strict=True))
     if torch.cuda.is_available():
         if env["local_world_size"] > torch.cuda.device_count():
@@ -213,7 +242,7 @@ class Watch:
     A process whose beat stands still for LOST seconds ends the job, in a line that names it. A collective that fails
     calls for a closer look: FAILED seconds then do. Slow processes beat as well, whatever they wait for.
     """
-    BEAT, LOST, FAILED = 0.5, 20, 2         # Seconds.
+    BEAT, LOST, FAILED = 0.5, 15, 2         # Seconds.
     active = False
     store = None
 
@@ -281,9 +310,20 @@ class Signals:
 
     def handle(self, signum, frame):
         """Note a signal, or leave at once."""
-        if not self.unsaved or signum == self.signum == signal.SIGINT:
-            raise Stopped(signum, " at once; started again, the same command goes on from the last save")
+        text = " at once; started again, the same command goes on from the last save"
+        if signum == self.signum == signal.SIGINT:
+            warn(f"stopped by SIGINT{text}")
+            os._exit(128 + signum)          # Not even a save under way is waited for.
+        if not self.unsaved:
+            raise Stopped(signum, text)
         self.signum = signum
+
+    def now(self):
+        """The number of a signal that any process has got by now, or 0. All processes wait for each other."""
+        signum = torch.tensor(self.signum)
+        if self.group is not None:
+            dist.all_reduce(signum, dist.ReduceOp.MAX, group=self.group)
+        return signum.item()
 
     def agree(self, save):
         """Every process calls it after each step. Return (number of a signal that any process got or 0, whether any
@@ -404,19 +444,7 @@ def atomic(path):
 
 def clean(folder, hours=0):
     """Remove the temporary files that killed processes left in a folder, those older than `hours`."""
-    for path in Path(folder).glob(".*.tmp"):
+    for path in Path(folder).glob(f".*.{8 * '[0-9a-f]'}.tmp"):
         with contextlib.suppress(OSError):
             if path.stat().st_mtime <= time.time() - hours * 3600:
                 path.unlink()
-
-
-def append(path, data):
-    """Append bytes to a file, all or none of them."""
-    with open(path, "ab", buffering=0) as file:
-        start, rest = file.tell(), memoryview(data)
-        try:
-            while rest:
-                rest = rest[file.write(rest):]
-        except OSError:
-            file.truncate(start)
-            raise

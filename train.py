@@ -11,6 +11,7 @@ checkpoint in save_dir; with --max-restarts=N torchrun starts it again by itself
 import contextlib
 import math
 import os
+import signal
 import time
 import warnings
 from pathlib import Path
@@ -277,8 +278,11 @@ def train(training):
     Raises Stopped after SIGTERM, SIGINT or SIGHUP, saved; UserError at the end where something could not be written.
     """
     t, rt, config = training, training.rt, training.config
-    if t.step >= t.total_steps:
-        rt.on_main(checkpoint.forget_latest, config)
+    done, complete = rt.on_main(state_of_last, t)
+    if t.step > t.total_steps or (done and complete):
+        rt.barrier()                        # All have read their checkpoint.
+        if done and complete and rt.is_main:
+            checkpoint.forget_latest(config)
         rt.print(f"{config['save_dir']} is trained to epoch {t.step // t.steps_per_epoch - 1} already: raise n_epoch "
                  f"to go on")
         return
@@ -292,13 +296,20 @@ def train(training):
     with contextlib.closing(log), contextlib.closing(saver), rt.bar(t.total_steps, "step", initial=t.step) as bar:
         run_steps(t, log, saver, bar)
         saved = saver.finish()
+    if t.step == t.total_steps and saved and config["save_model"] and rt.is_main:
+        checkpoint.forget_latest(config)
+    rt.on_main(log.check)
     if t.step < t.total_steps:
         rt.print(f"stopped after step {t.step} as --max_steps says, without a checkpoint")
         return
-    if saved and rt.is_main:
-        checkpoint.forget_latest(config)
-    rt.on_main(log.check)
     rt.print(f"done: checkpoints, sample grids, metrics.jsonl and tensorboard are in {config['save_dir']}")
+
+
+def state_of_last(t):
+    """Whether training is at its last step, and whether that one's checkpoint and sample grid are there."""
+    last = checkpoint.path_of(t.config, t.config["n_epoch"] - 1)
+    complete = checkpoint.is_whole(last) and grid_path(t.config, t.config["n_epoch"] - 1).exists()
+    return t.step == t.total_steps, complete
 
 
 def run_steps(t, log, saver, bar):
@@ -352,11 +363,13 @@ def end_epoch(t, log, saver, signals, resumed=False):
     epoch = t.step // t.steps_per_epoch - 1
     if epoch % t.config["save_every"] and epoch != t.config["n_epoch"] - 1:
         return
-    paths = checkpoint.path_of(t.config, epoch), grid_path(t.config, epoch)
-    saved, drawn = t.rt.on_main(lambda: [resumed and path.exists() for path in paths])
+    path, grid = checkpoint.path_of(t.config, epoch), grid_path(t.config, epoch)
+    saved, drawn = t.rt.on_main(lambda: [resumed and checkpoint.is_whole(path), resumed and grid.exists()])
     if not saved:
-        saver.save(t.state(), paths[0])
+        saver.save(t.state(), path)
     if not drawn:
+        if signum := signals.now():
+            leave(t, saver, signum)
         signals.unsaved = not t.config["save_model"]        # A signal may end this at once: a restart draws it again.
         sample_grid(t, epoch, log)
         signals.unsaved = True
@@ -364,9 +377,12 @@ def end_epoch(t, log, saver, signals, resumed=False):
 
 def leave(t, saver, signum):
     """Wait until the main process has saved, then leave. Raises Stopped, or UserError where the save failed."""
-    if not t.rt.on_main(saver.finish):
-        raise UserError(f"stopped by signal {signum}, and the last save failed: the same command goes on from the one "
-                        f"before")
+    def finish():
+        if not saver.finish():
+            raise UserError(f"stopped by {signal.Signals(signum).name}, and the last save failed: the same command "
+                            f"goes on from the one before")
+
+    t.rt.on_main(finish)
     saved = f" and saved in {t.config['save_dir']}: the same command goes on" if t.config["save_model"] else ""
     raise runtime.Stopped(signum, f" after step {t.step}{saved}" if t.rt.is_main else None)
 

@@ -59,17 +59,23 @@ def test_killed_at_twenty_random_steps(tmp_path, processes):
     whole, killed = config_in(tmp_path, "whole"), config_in(tmp_path, "killed")
     succeed("train.py", "--config", whole, processes=processes)
     run_dir = killed.parent / "run"
-    kills = []
+    config, kills, begun, out = options.load_config(killed), [], [], killed.parent / "out"
     for target in sorted(random.Random(0).sample(range(1, 99), 20)):
-        with started(killed.parent, "train.py", "--config", killed, processes=processes):
+        newest = checkpoint.newest(config)
+        begun.append(checkpoint.step_in(newest) if newest else 0)
+        with started(killed.parent, "train.py", "--config", killed, processes=processes) as process:
+            wait_until(lambda: begun[-1] == 0 or f"after step {begun[-1]}\n" in out.read_text())
             # Every third step is in metrics.jsonl: the rest of the way is waited for.
-            wait_until(lambda target=target: last_step(run_dir) >= target - target % 3)
+            wait_until(lambda target=target: last_step(run_dir) >= max(target - target % 3, begun[-1] + 1))
             time.sleep(0.02 * (target % 3))
+            assert process.poll() is None
             kill_all(str(killed))
         kills.append(last_step(run_dir))
-    succeed("train.py", "--config", killed, processes=processes)
+    begun.append(checkpoint.step_in(checkpoint.newest(config)))
+    assert f"after step {begun[-1]}\n" in succeed("train.py", "--config", killed, processes=processes)
+    assert len(set(begun)) > 10 and begun == sorted(begun)
     found = differences(whole, killed, 9)
-    print(f"killed after the metrics of steps {kills}; {found}")
+    print(f"killed after the metrics of steps {kills}, begun again after steps {begun}; {found}")
     assert all(value == 0 if processes is None else value <= 1e-6 for value in found.values()), found
     assert [row["step"] for row in metrics(run_dir)] == sorted({*range(3, 101, 3), *range(10, 101, 10)})
     board = EventAccumulator(str(run_dir / "tensorboard"))
@@ -108,7 +114,7 @@ def test_a_signal_under_torchrun_saves_and_leaves(tmp_path, signum):
     assert all(value <= 1e-6 for value in differences(*paths, 1).values())
 
 
-@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
 def test_a_signal_saves_and_its_code_is_the_exit_code(tmp_path, signum, code):
     path = config_in(tmp_path, "one", save_minutes=10, n_epoch=1000, save_every=1000)
     with started(path.parent, "train.py", "--config", path) as process:
@@ -167,7 +173,33 @@ def test_a_lost_process_ends_the_job_within_a_minute(tmp_path, signum, rank):
     errors = (path.parent / "err").read_text()
     assert f"error: process {rank} (pid {victim} on " in errors, errors[-3000:]
     assert 'train.py", line' not in errors
-    assert checkpoint.newest(options.load_config(path)).name == "latest.pth"
+    assert checkpoint.newest(options.load_config(path)).name.startswith("latest")
+
+
+def test_a_signal_in_a_sample_grid(tmp_path):
+    """It ends the drawing at once; started again, the grid of the last epoch is drawn, and no step is made."""
+    path = config_in(tmp_path, "one", n_epoch=1, n_sample=2000)
+    model, grid = (path.parent / "run" / name for name in ("ckpts/model_0.pth", "grids/0000.png"))
+    with started(path.parent, "train.py", "--config", path) as process:
+        wait_until(model.exists)
+        time.sleep(0.5)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(5) == 143
+    assert not grid.exists() and "at once" in (path.parent / "err").read_text()
+    assert "done" in succeed("train.py", "--config", path)
+    assert grid.exists() and "already" in succeed("train.py", "--config", path)
+    assert [p.name for p in model.parent.iterdir()] == ["model_0.pth"]
+
+
+def test_a_smaller_n_epoch_loses_nothing(tmp_path):
+    path = config_in(tmp_path, "one", save_minutes=10, n_epoch=1000, save_every=1000)
+    latest = path.parent / "run" / "ckpts" / "latest.pth"
+    with started(path.parent, "train.py", "--config", path) as process:
+        wait_until(lambda: last_step(path.parent / "run") >= 12)
+        process.send_signal(signal.SIGTERM)
+        process.wait(10)
+    assert "already" in succeed("train.py", "--config", path, "--set", "n_epoch=1")
+    checkpoint.verify(latest)
 
 
 @pytest.mark.slow
