@@ -206,8 +206,8 @@ def start():
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
     said = {name: os.environ[name] for name in names if name in os.environ}
     if said and not (len(said) == len(names) and all(value.isdecimal() for value in said.values())):
-        raise UserError(f"the environment says {', '.join(f'{name}={value}' for name, value in said.items())}, as if by "
-                        f"torchrun, which sets {', '.join(names)} to numbers: start with torchrun, or unset them")
+        raise UserError(f"the environment says {', '.join(f'{name}={value}' for name, value in said.items())}, as "
+                        f"if by torchrun, which sets {', '.join(names)} to numbers: start with torchrun, or unset them")
     env = dict(zip((name.lower() for name in names), map(int, said.values() or (0, 1, 0, 1)), strict=True))
     if torch.cuda.is_available():
         if env["local_world_size"] > torch.cuda.device_count():

@@ -131,7 +131,7 @@ def test_a_signal_saves_and_its_code_is_the_exit_code(tmp_path, signum, code):
 
 def test_a_second_interrupt_leaves_at_once(tmp_path):
     """Steps of seconds: after the first SIGINT the step goes on, after the second the process ends in the middle."""
-    path = config_in(tmp_path, "one", batch_size=1400, network={"n_channels": 64, "n_blocks": 3, "dropout": 0.0})
+    path = config_in(tmp_path, "one", batch_size=1400, network={"n_channels": 128, "n_blocks": 3, "dropout": 0.0})
     with started(path.parent, "train.py", "--config", path) as process:
         wait_until(lambda: "1/10" in (path.parent / "err").read_text() or last_step(path.parent / "run") >= 1)
         process.send_signal(signal.SIGINT)
