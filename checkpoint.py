@@ -219,6 +219,7 @@ class Saver:
         self.config, self.log = config, log
         self.thread = ThreadPoolExecutor(1)
         self.writing = None                 # The save under way: a future and the step.
+        self.succeeded = True               # The last save, as far as it is known.
         self.minutes = config["save_minutes"]
         self.next_save = time.monotonic() + 60 * self.minutes
         if log.active:
@@ -236,16 +237,15 @@ class Saver:
         return self.writing is None
 
     def save(self, state, path):
-        """Begin to write a state to model_{epoch}.pth or latest.pth; waits for a save that is still under way. Return
-        False where it cannot begin."""
+        """Begin to write a state to model_{epoch}.pth or latest.pth; waits for a save that is still under way."""
         if self.log.active and self.config["save_model"]:
             self.finish()
             self.log.flush()                # No checkpoint is newer than metrics.jsonl.
             if self.log.pending[self.log.path]:
-                return self.failed(state["step"], f"cannot write {path} before {self.log.path}")
+                self.failed(state["step"], f"cannot write {path} before {self.log.path}")
+                return
             self.writing = self.thread.submit(self.write, copied(state), path), state["step"]
             self.next_save = time.monotonic() + 60 * self.minutes
-        return True
 
     def write(self, state, path):
         """In the thread: write the copy of a state; the latest.pth until now becomes latest_before.pth."""
@@ -254,21 +254,21 @@ class Saver:
         write(path, state(), before if path == latest else None)
 
     def finish(self):
-        """Wait for the save under way. Return True where it succeeded, or there was none."""
-        if self.writing is None:
-            return True
-        (future, step), self.writing = self.writing, None
-        try:
-            future.result()
-            return True
-        except (UserError, OSError, RuntimeError, MemoryError) as e:
-            return self.failed(step, str(e))
+        """Wait for the save under way. Return True unless the last one failed."""
+        if self.writing is not None:
+            (future, step), self.writing = self.writing, None
+            try:
+                future.result()
+                self.succeeded = True
+            except (UserError, OSError, RuntimeError, MemoryError) as e:
+                self.failed(step, str(e))
+        return self.succeeded
 
     def failed(self, step, message):
-        """Report a save that failed, and try again soon. Return False."""
+        """Report a save that failed, and try again soon."""
+        self.succeeded = False
         self.next_save = time.monotonic() + min(RETRY, 60 * self.minutes)
         self.log.failed(step, f"{message}; the checkpoints until now are whole and the next save tries again")
-        return False
 
     def close(self):
         """Wait for the save under way, and end."""

@@ -142,9 +142,7 @@ def test_the_log_keeps_what_cannot_be_written(tmp_path, monkeypatch, capsys):
 
 def save_on_and_on(config, pipe):
     """Save a state of 20 MB again and again, telling when each save begins."""
-    log = logs.Log(config["save_dir"], 0, False)
-    log.active, log.sync = True, lambda: None
-    saver = checkpoint.Saver(config, log)
+    saver = checkpoint.Saver(config, logs.Log(Path(config["save_dir"]), 0, True))
     for step in range(1, 1000):
         state = {"step": step, "weights": [torch.full((1000, 1000), float(step)) for _ in range(5)]}
         pipe.send(step)
