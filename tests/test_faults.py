@@ -19,7 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import checkpoint
 import logs
 import options
-from runtime import UserError
+from runtime import UserError, make_folder
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +142,7 @@ def test_the_log_keeps_what_cannot_be_written(tmp_path, monkeypatch, capsys):
 
 def save_on_and_on(config, pipe):
     """Save a state of 20 MB again and again, telling when each save begins."""
-    saver = checkpoint.Saver(config, logs.Log(Path(config["save_dir"]), 0, True))
+    saver = checkpoint.Saver(config, logs.Log(make_folder(config["save_dir"]), 0, True))
     for step in range(1, 1000):
         state = {"step": step, "weights": [torch.full((1000, 1000), float(step)) for _ in range(5)]}
         pipe.send(step)
