@@ -310,13 +310,11 @@ class Signals:
 
     def handle(self, signum, frame):
         """Note a signal, or leave at once."""
-        text = " at once; started again, the same command goes on from the last save"
-        if signum == self.signum == signal.SIGINT:
-            warn(f"stopped by SIGINT{text}")
-            os._exit(128 + signum)          # Not even a save under way is waited for.
         if not self.unsaved:
-            raise Stopped(signum, text)
+            raise Stopped(signum, " at once; started again, the same command goes on from the last save")
         self.signum = signum
+        if signum == signal.SIGINT:         # The system then ends the process, even in the middle of a long kernel.
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     def now(self):
         """The number of a signal that any process has got by now, or 0. All processes wait for each other."""
