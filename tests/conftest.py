@@ -18,6 +18,8 @@ ROOT = Path(__file__).parents[1]
 DATA = ROOT.parent / "shared" / "data"
 NETS = ["UNetC", "UNetE", "UNetG"]
 
+signal.signal(signal.SIGHUP, signal.SIG_DFL)        # Under nohup the commands would rightly ignore it.
+
 # Under pytest-xdist each worker, and all that it starts, has one core of its own: threads of two tests on one core
 # wait for each other and slow both down tenfold.
 if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):
