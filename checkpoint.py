@@ -11,14 +11,15 @@ import os
 import re
 import time
 import zlib
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
 import torch
 
 import edm
 import options
-from runtime import UserError, atomic, make_folder, warn
+from files import atomic, make_folder
+from runtime import UserError, warn
 
 # What a checkpoint holds.
 KINDS = {"network": dict, "uncertainty": dict, "ema": dict, "ema_step": int, "optimizer": dict, "scaler": dict,
@@ -164,6 +165,8 @@ def load(path):
     verify(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, MemoryError) as e:     # The content is whole, its checksum says.
+        raise UserError(f"cannot read the checkpoint {path}: {e}") from None
     except Exception:                       # Whatever the file leads the unpickler to.
         raise UserError(f"the checkpoint {path} is refused: it holds more than tensors and plain values") from None
     if not isinstance(state, dict) or any(not isinstance(state.get(key), kind) for key, kind in KINDS.items()):
@@ -178,20 +181,21 @@ def newest(config):
     Raises UserError where there are only damaged ones, or one cannot be read: it may be whole.
     """
     paths = [path_of(config, epoch) for epoch in epochs(config)] + [p for p in latest_paths(config) if p.exists()]
-    damaged = []
+    damaged, found = [], None
     for path in sorted(paths, key=step_in, reverse=True):
+        if found and path != latest_paths(config)[0]:
+            continue
         try:
             verify(path)
+            found = found or path
         except Damaged as e:
-            warn(f"{e}: looking for one before it")
+            warn(f"{e}: looking for one before it" if found is None else e)
             damaged.append(path)
-            continue
-        for other in set(damaged) & set(latest_paths(config)):
-            other.replace(f"{other}.damaged")           # Or the next save would keep it as the one before.
-        return path
-    if damaged:
+    for path in set(damaged) & set(latest_paths(config)) if found else ():
+        path.replace(f"{path}.damaged")                 # Or the next save would keep it as the one before.
+    if damaged and not found:
         raise UserError(f"{folder_of(config)} holds only damaged checkpoints: move them away to begin anew")
-    return None
+    return found
 
 
 def set_aside(config, step):
@@ -221,6 +225,7 @@ class Saver:
         self.writing = None                 # The save under way: a future and the step.
         self.succeeded = True               # The last save, as far as it is known.
         self.minutes = config["save_minutes"]
+        self.peak = 0                       # GPU memory in bytes that training takes without copies.
         self.next_save = time.monotonic() + 60 * self.minutes
         if log.active:
             make_folder(folder_of(config))
@@ -241,10 +246,17 @@ class Saver:
         if self.log.active and self.config["save_model"]:
             self.finish()
             self.log.flush()                # No checkpoint is newer than metrics.jsonl.
-            if self.log.pending[self.log.path]:
-                self.failed(state["step"], f"cannot write {path} before {self.log.path}")
+            if any(self.log.pending.values()):
+                self.failed(state["step"], f"cannot write {path} before {self.log.path} and TensorBoard's file")
                 return
-            self.writing = self.thread.submit(self.write, copied(state), path), state["step"]
+            if torch.cuda.is_available() and not self.peak:
+                self.peak = torch.cuda.max_memory_allocated()
+            try:
+                copy = copied(state, self.peak)
+            except (RuntimeError, MemoryError) as e:
+                self.failed(state["step"], f"no memory for a copy of what {path} is to hold: {e}")
+                return
+            self.writing = self.thread.submit(self.write, copy, path), state["step"]
             self.next_save = time.monotonic() + 60 * self.minutes
 
     def write(self, state, path):
@@ -264,6 +276,11 @@ class Saver:
                 self.failed(step, str(e))
         return self.succeeded
 
+    def wait(self):
+        """Wait for the save under way, from another thread."""
+        if writing := self.writing:
+            wait([writing[0]])
+
     def failed(self, step, message):
         """Report a save that failed, and try again soon."""
         self.succeeded = False
@@ -276,10 +293,11 @@ class Saver:
         self.thread.shutdown()
 
 
-def copied(state):
-    """Copy a state, so that training can go on; return a function that gives the copy, on the CPU.
+def copied(state, peak):
+    """Copy a state, so that training can go on; return a function that gives the copy, on the CPU, once.
 
-    On a GPU the copy is made there, at the speed of its memory, and brought to the CPU later, beside the training.
+    On a GPU the copy is made there, at the speed of its memory, and brought to the CPU later, beside the training; not
+    where it would leave too little for the next step, whose peak is known in bytes.
     """
     def each(value, function):
         if isinstance(value, torch.Tensor):
@@ -288,24 +306,23 @@ def copied(state):
             return {key: each(item, function) for key, item in value.items()}
         return type(value)(each(item, function) for item in value) if isinstance(value, list | tuple) else value
 
+    if not torch.cuda.is_available():
+        return [each(state, torch.clone)].pop
     sizes = []
     each(state, lambda tensor: sizes.append(tensor.nbytes))
-    if not torch.cuda.is_available():
-        copy = each(state, torch.clone)
-        return lambda: copy
-    # What training has never used: or the copy would leave too little for the next step.
-    free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.max_memory_allocated()
-    if sum(sizes) > free:
-        copy = each(state, lambda tensor: tensor.to("cpu", copy=True))
-        return lambda: copy
-    copy = each(state, torch.clone)
+    try:
+        if sum(sizes) > torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - peak:
+            raise torch.OutOfMemoryError
+        copy = [each(state, torch.clone)]
+    except torch.OutOfMemoryError:
+        return [each(state, lambda tensor: tensor.to("cpu", copy=True))].pop
     made = torch.cuda.current_stream().record_event()
 
     def fetch():
         stream = torch.cuda.Stream()        # Not the stream of the training, which need not wait.
         stream.wait_event(made)
         with torch.cuda.stream(stream):
-            return each(copy, torch.Tensor.cpu)
+            return each(copy.pop(), torch.Tensor.cpu)
     return fetch
 
 
@@ -354,7 +371,15 @@ def check_same_network(config, saved):
 
 def refuse_differences(config, saved, keys, remedy):
     """Raise UserError listing those of `keys` in which two configs differ."""
-    differences = [f"{key} {saved.get(key)!r} there, {config[key]!r} here"
-                   for key in keys if config[key] != saved.get(key)]
+    def flat(values, prefix=""):
+        for key, value in values.items():
+            if isinstance(value, dict):
+                yield from flat(value, f"{prefix}{key}.")
+            else:
+                yield prefix + key, value
+
+    here, there = (dict(flat({key: values.get(key) for key in keys})) for values in (config, saved))
+    differences = [f"{key} {there.get(key)!r} there, {here.get(key)!r} here"
+                   for key in here | there if here.get(key) != there.get(key)]
     if differences:
         raise UserError(f"{config['save_dir']} holds a run of another config ({'; '.join(differences)}): {remedy}")

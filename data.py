@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from runtime import UserError, atomic
+from files import atomic
+from runtime import UserError
 
 TINY_URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
 TINY_MD5 = "90528d7ca1a48142e341f4ef8d21d0de"

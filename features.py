@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-import runtime
+import files
 from runtime import UserError
 
 # name: (files in torch's hub cache, address, SHA-256, label of a figure). Inception-v3 is the TF port that every
@@ -189,7 +189,7 @@ def find_weights(name, rt, path=None, sha256=None):
             download(name, url, path, published)
         if not path.is_file():
             raise UserError(f"--weights {path}: no such file")
-        found = runtime.sha256(path)
+        found = files.sha256(path)
     if found != expected:
         raise UserError(f"{path} has SHA-256 {found}, not {expected}: it is damaged or another file; the right one is "
                         f"at {url}")
@@ -198,7 +198,7 @@ def find_weights(name, rt, path=None, sha256=None):
 
 def download(name, url, path, sha256):
     """Fetch a file, whole and checked or not at all. Raises UserError saying how to do it by hand."""
-    runtime.make_folder(path.parent)
+    files.make_folder(path.parent)
     try:
         torch.hub.download_url_to_file(url, path, hash_prefix=sha256, progress=False)
     except (urllib.error.URLError, OSError, RuntimeError, EOFError) as e:

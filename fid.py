@@ -25,6 +25,7 @@ import torch
 import checkpoint
 import data
 import features
+import files
 import logs
 import options
 import runtime
@@ -267,8 +268,8 @@ def read_cache(path, about):
 def write_cache(path, stats, about):
     """Leave statistics for the next time; where that fails, say so and go on."""
     try:
-        runtime.clean(runtime.make_folder(path.parent), hours=24)       # A younger one may be another run's.
-        with runtime.atomic(path) as temporary, open(temporary, "wb") as f:
+        files.clean(files.make_folder(path.parent), hours=24)       # A younger one may be another run's.
+        with files.atomic(path) as temporary, open(temporary, "wb") as f:
             np.savez(f, mu=stats.mu, sigma=stats.sigma, metadata=json.dumps(about))
     except UserError as e:
         print(f"the reference statistics are not kept: {e}", file=sys.stderr)
@@ -311,7 +312,7 @@ def make_extractor(args, rt):
 def score_run(config, args, rt):
     """Score the samples of a run's checkpoints against its training set; print the figures and keep them."""
     sets = rt.on_main(find_sets, config, args)
-    runtime.check_writable(config["save_dir"])
+    files.check_writable(config["save_dir"])
     extractor = make_extractor(args, rt)
     with rt.in_turns():
         images, _ = data.load(config)
@@ -356,21 +357,21 @@ def find_sets(config, args):
         folders, n = [], args.n_samples
         for seed in range(args.repeat):
             folder = checkpoint.samples_folder(config, epoch, f"_seed{seed}" * (seed > 0))
-            settings, files = read_settings(folder), features.image_files(folder / "images")
+            settings, images = read_settings(folder), features.image_files(folder / "images")
             wanted = n or settings.get("n_samples")         # As many as sample.py was to make, of every seed.
             command = ["python", "sample.py", "--config", args.config, "--epoch", str(epoch)]
             command += ["--seed", str(seed)] * (seed > 0) + [word for item in args.set for word in ("--set", item)]
             command += ["--n_samples", str(wanted)] * (wanted not in (None, runtime.FULL))
-            if not settings or not files:
+            if not settings or not images:
                 raise UserError(f"no images of epoch {epoch} in {folder}: make them with: {shlex.join(command)}")
             check_origin(config, folder, settings, checkpoint.path_of(config, epoch), command)
-            names = {path.stem for path in files}
-            missing = next((i for i in range(wanted or len(files)) if f"{i:06d}" not in names), None)
+            names = {path.stem for path in images}
+            missing = next((i for i in range(wanted or len(images)) if f"{i:06d}" not in names), None)
             if missing is not None:
-                raise UserError(f"{folder} holds {len(files):,} images, but not {missing:06d}.png: make what is "
+                raise UserError(f"{folder} holds {len(images):,} images, but not {missing:06d}.png: make what is "
                                 f"missing with: {shlex.join(command)}")
             folders.append(str(folder))
-            n = wanted or len(files)
+            n = wanted or len(images)
         sets.append((epoch, folders))
     return sets
 
@@ -378,7 +379,7 @@ def find_sets(config, args):
 def check_origin(config, folder, settings, path, command=()):
     """Raise UserError where a folder's images are not of the checkpoint `path`, or that is not of the config."""
     checkpoint.check_same_network(config, checkpoint.load(checkpoint.path_of(config, settings["epoch"]))["config"])
-    if settings.get("checkpoint_sha256") != runtime.sha256(path):
+    if settings.get("checkpoint_sha256") != files.sha256(path):
         raise UserError(f"{folder} holds images of another checkpoint than {path}: remove it"
                         + f", then: {shlex.join(command)}" * bool(command))
 

@@ -16,7 +16,8 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard import summary
 
-from runtime import UserError, atomic, device_name, make_folder, reported, warn
+from files import atomic, make_folder, reported
+from runtime import UserError, device_name, warn
 
 # ----------------------------------------------------------------------------------------------------------------------
 # TensorBoard's file format. Its SummaryWriter loses events, and its thread ends, where a disk is full for a while.
@@ -149,8 +150,9 @@ class Log:
 
     def sync(self):
         """Bring the lines that are written to the disk itself, so that no checkpoint is newer than they."""
-        with open(self.path, "rb") as file:
-            os.fsync(file.fileno())
+        for path in self.pending:
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
 
     def close(self):
         """Write out what is pending."""

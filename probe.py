@@ -22,6 +22,7 @@ import torch.nn.functional as F
 import checkpoint
 import data
 import edm
+import files
 import logs
 import options
 import runtime
@@ -44,7 +45,7 @@ def main():
     classes = max(int(labels.max()) + 1 for _, labels in sets.values())
     if config["classes"] is not None and config["classes"] != classes:
         raise UserError(f"classes is {config['classes']}, but {config['dataset']} has {classes}")
-    runtime.check_writable(config["save_dir"])
+    files.check_writable(config["save_dir"])
     for epoch in epochs or [checkpoint.find(config)]:
         start = time.perf_counter()
         accuracy = probe_checkpoint(config, args, epoch, sets, pairs, classes, rt)
@@ -176,7 +177,7 @@ def storage(shape, rt, folder):
             return torch.empty(shape, device=rt.device)
     if size < free_memory() / 2 / rt.local_world_size:
         return torch.empty(shape)
-    runtime.make_folder(folder)
+    files.make_folder(folder)
     if size > shutil.disk_usage(folder).free / rt.local_world_size:
         raise UserError(f"the features take {size / 1e9:.0f} GB, more than is free in memory or in {folder}: probe "
                         f"fewer timesteps or blocks at once, or lower --passes")
@@ -325,7 +326,7 @@ def heat_map(path, table, timesteps, sigmas, blocks, title):
     axes.set_ylabel("decoder block")
     axes.set_title(f"Linear probe: {title}", fontsize=10)
     figure.colorbar(image, label="test accuracy (%)")
-    with runtime.atomic(path) as temporary:
+    with files.atomic(path) as temporary:
         figure.savefig(temporary, format="png")
 
 

@@ -10,6 +10,7 @@ import math
 import sys
 from pathlib import Path
 
+import files
 import runtime
 from runtime import UserError
 
@@ -168,8 +169,8 @@ def draw(results, figures, out):
         axes.set_ylabel(f"{name}, less is better" if is_distance(name) else "test accuracy (%), more is better")
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
-    runtime.check_writable(Path(out).parent)
-    with runtime.atomic(out) as temporary:
+    files.check_writable(Path(out).parent)
+    with files.atomic(out) as temporary:
         figure.savefig(temporary, format="png")
 
 

@@ -1,19 +1,16 @@
-"""What every command needs around the mathematics: errors, processes, faults, seeds, files."""
+"""What every command needs around the mathematics: errors, processes, faults, seeds."""
 
 import contextlib
-import fcntl
 import functools
-import hashlib
 import os
 import secrets
-import shlex
 import signal
 import socket
 import sys
 import threading
 import time
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -32,8 +29,8 @@ class UserError(Exception):
     said = False        # True where another process says the same.
 
 
-class Stopped(Exception):
-    """The run leaves because of a signal: Stopped(signal number, what was saved)."""
+class Stopped(BaseException):
+    """The run leaves because of a signal: Stopped(signal number, what was saved). No error: nothing catches it."""
 
 
 def command_name():
@@ -108,7 +105,7 @@ def command(main):
         except torch.OutOfMemoryError:
             code, message = 2, f"{name}: error: out of GPU memory; lower --batch_gpu (or n_channels)"
         except RuntimeError as e:
-            if not dist.is_initialized() or not (isinstance(e, dist.DistBackendError) or "gloo" in str(e)):
+            if not dist.is_initialized() or not (isinstance(e, dist.DistError) or "gloo" in str(e)):
                 raise
             Watch.suspect()
             code, message = 1, f"{name}: lost contact with another process, whose own line says why"
@@ -137,6 +134,7 @@ class Runtime:
     local_rank: int
     local_world_size: int
     device: torch.device
+    restarted: bool = False         # Whether torchrun has started the job again.
 
     @property
     def is_main(self):
@@ -158,6 +156,10 @@ class Runtime:
         if self.world_size > 1:
             dist.all_reduce(tensor)
         return tensor
+
+    def all(self, value):
+        """Whether a value is true in all processes. Every process must call it."""
+        return self.all_reduce(torch.tensor(int(not value), device=self.device)).item() == 0
 
     def agree(self, value):
         """Return the main process's value in all processes. Every process must call it."""
@@ -222,18 +224,47 @@ def start():
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         torch.set_num_threads(max(1, cores // env["local_world_size"]))
     socket.setdefaulttimeout(60)        # A download from a dead network is an error, not a hang.
+    restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
     if env["world_size"] > 1:
-        # torchrun's store outlives a restart: the addresses of the processes before must not be taken for these.
-        attempt = f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
         try:
-            store, rank, world_size = next(dist.rendezvous("env://"))
+            attempt, store, restarted = meet(env["rank"], env["world_size"], restarted)
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30),
-                                    store=dist.PrefixStore(attempt, store), rank=rank, world_size=world_size,
-                                    device_id=device if device.type == "cuda" else None)
-            Watch(rank, world_size, attempt)
+                                    store=dist.PrefixStore(attempt, store), rank=env["rank"],
+                                    world_size=env["world_size"], device_id=device if device.type == "cuda" else None)
+            Watch(env["rank"], env["world_size"], attempt)
         except (RuntimeError, ValueError, KeyError) as e:
             raise UserError(f"cannot join the other processes: {e!r}"[:500]) from None
-    return Runtime(**env, device=device)
+    return Runtime(**env, device=device, restarted=restarted)
+
+
+def meet(rank, world_size, restarted):
+    """Agree with the other processes on a name for this attempt; return it, the store, and whether any was restarted.
+
+    torchrun's store outlives a restart, and the attempts that it counts differ from machine to machine. So process 0
+    makes up a name, each process answers with a word of its own, and process 0 confirms the words: those of an earlier
+    attempt are others. Raises RuntimeError where a process does not come.
+    """
+    patience = timedelta(minutes=5)
+    hosts = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=hosts, timeout=patience)
+    word, words = f"{secrets.token_hex(8)} {int(restarted)}", []
+    end = time.monotonic() + patience.total_seconds()
+    while word not in words:
+        if time.monotonic() > end:
+            raise RuntimeError(f"process 0 has not answered for {patience.total_seconds():.0f} s")
+        if rank == 0:
+            store.set("attempt", name := secrets.token_hex(8))
+        else:
+            name = store.get("attempt").decode()
+        store.set(f"{name}/word/{rank}", word)
+        if rank == 0:
+            store.set(f"{name}/words", ",".join(store.get(f"{name}/word/{i}").decode() for i in range(world_size)))
+        if store.check([f"{name}/words"]):
+            words = store.get(f"{name}/words").decode().split(",")
+        if word not in words:
+            time.sleep(0.1)
+    store.set_timeout(timedelta(minutes=30))
+    return name, store, any(answer.endswith(" 1") for answer in words)
 
 
 class Watch:
@@ -296,25 +327,42 @@ class Watch:
 class Signals:
     """SIGTERM, SIGINT and SIGHUP in training, and what all processes agree on after each step.
 
-    The first signal lets the step end, so that it can be saved; a second SIGINT leaves at once, and so does the first
-    signal while there is nothing to save (`unsaved` is False).
+    The first signal lets the step end, so that it can be saved; a second SIGINT leaves at once. While there is nothing
+    to save (`unsaved` is False) the first signal leaves, after wait_for_save(), for one that is still being written.
+    A thread does so: Python's own handlers would wait for the end of a backward pass or of torch.compile.
     """
 
-    def __init__(self, rt):
-        self.signum, self.unsaved = 0, False
+    def __init__(self, rt, wait_for_save):
+        self.signum, self.unsaved, self.wait_for_save = 0, False, wait_for_save
         self.asked, self.work = torch.zeros(2, dtype=torch.int64), None
         self.group = dist.new_group(backend="gloo") if rt.world_size > 1 else None
+        self.receive, self.send = socket.socketpair()
+        self.send.setblocking(False)
+        signal.set_wakeup_fd(self.send.fileno(), warn_on_full_buffer=False)     # Each signal's number comes as a byte.
         for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             if signum != signal.SIGHUP or signal.getsignal(signum) != signal.SIG_IGN:       # nohup
-                signal.signal(signum, self.handle)
+                signal.signal(signum, lambda *_: None)
+        threading.Thread(target=self.listen, daemon=True).start()
 
-    def handle(self, signum, frame):
-        """Note a signal, or leave at once."""
-        if not self.unsaved:
-            raise Stopped(signum, " at once; started again, the same command goes on from the last save")
-        self.signum = signum
-        if signum == signal.SIGINT:         # The system then ends the process, even in the middle of a long kernel.
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
+    def listen(self):
+        """Note each signal, or leave at once."""
+        while True:
+            signum = self.receive.recv(1)[0]
+            if self.signum and signum == signal.SIGINT:
+                self.leave(signum)
+            elif not self.unsaved and not self.signum:
+                self.signum = signum
+                threading.Thread(target=self.leave, args=(signum, self.wait_for_save), daemon=True).start()
+            self.signum = self.signum or signum
+
+    @staticmethod
+    def leave(signum, wait=lambda: None):
+        """End this process from a thread."""
+        Watch.active = False                # Who leaves now is not lost.
+        wait()
+        warn(f"stopped by {signal.Signals(signum).name} at once; started again, the same command goes on from the "
+             f"last save")
+        os._exit(128 + signum)
 
     def now(self):
         """The number of a signal that any process has got by now, or 0. All processes wait for each other."""
@@ -349,100 +397,3 @@ def device_name(device):
 def mix(*numbers):
     """A 63-bit seed from non-negative numbers, well mixed: neighbours have nothing in common."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Files.
-
-def check_writable(folder):
-    """Raise UserError unless `folder` can be made and written to; makes nothing."""
-    existing = Path(folder).absolute()
-    try:
-        while not existing.exists():
-            existing = existing.parent
-    except OSError as e:
-        raise UserError(f"save_dir {folder}: {e.strerror}") from None
-    if not existing.is_dir():
-        raise UserError(f"save_dir {folder}: {existing} is not a folder")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise UserError(f"save_dir {folder}: no right to write in {existing}")
-
-
-def make_folder(folder):
-    """Make a folder and its parents. Raises UserError where that fails."""
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise UserError(f"cannot make the folder {folder}: {e.strerror}") from None
-    return Path(folder)
-
-
-def sha256(path):
-    """The SHA-256 of a file, as hex digits."""
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
-
-
-@contextlib.contextmanager
-def lock(folder, rt):
-    """Keep `folder` for this run alone while the context lasts: an flock, which ends with the process that holds it.
-
-    All processes enter. Raises UserError that says who holds it.
-    """
-    def take():
-        file = held.enter_context(open(make_folder(folder) / ".lock", "a+"))        # noqa: SIM115
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            raise UserError(f"{folder} is in use by {file.read().strip() or 'another process'}: "
-                            f"wait for it, stop it, or choose another folder") from None
-        except OSError as e:                # A file system without locks.
-            warn(f"{folder} cannot be locked ({e.strerror}): see to it that no other run writes there")
-        with contextlib.suppress(OSError):
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()} since "
-                       f"{datetime.now():%Y-%m-%d %H:%M:%S}: {shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])}")
-            file.flush()
-
-    with contextlib.ExitStack() as held:
-        rt.on_main(take)
-        yield
-        if rt.is_main:
-            with contextlib.suppress(OSError):
-                os.truncate(Path(folder) / ".lock", 0)
-
-
-@contextlib.contextmanager
-def reported(path):
-    """A failed write of `path` is a UserError that names it."""
-    try:
-        yield
-    except (OSError, RuntimeError) as e:    # torch.save raises RuntimeError, on top of the reason.
-        reason = e.__context__ if isinstance(e.__context__, OSError) else e
-        raise UserError(f"cannot write {path}: {getattr(reason, 'strerror', None) or reason}") from None
-
-
-@contextlib.contextmanager
-def atomic(path):
-    """Yield a temporary name beside `path`; what is written there becomes `path` at the end, whole or not at all.
-
-    Raises UserError naming the path where writing fails (disk full, no rights).
-    """
-    temporary = Path(path).with_name(f".{Path(path).name}.{secrets.token_hex(4)}.tmp")
-    try:
-        with reported(path):
-            yield temporary
-            with open(temporary, "rb") as f:
-                os.fsync(f.fileno())
-            temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def clean(folder, hours=0):
-    """Remove the temporary files that killed processes left in a folder, those older than `hours`."""
-    for path in Path(folder).glob(f".*.{8 * '[0-9a-f]'}.tmp"):
-        with contextlib.suppress(OSError):
-            if path.stat().st_mtime <= time.time() - hours * 3600:
-                path.unlink()

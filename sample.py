@@ -19,6 +19,7 @@ from PIL import Image
 import checkpoint
 import data
 import edm
+import files
 import options
 import runtime
 from runtime import UserError
@@ -34,8 +35,8 @@ def main():
     epoch = rt.agree(checkpoint.find(config, args.epoch))
     folder = Path(args.out or checkpoint.samples_folder(config, epoch, variant(args)))
     denoiser = checkpoint.load_edm(config, epoch, args.weights, args, rt.device)
-    runtime.check_writable(folder)
-    with runtime.lock(folder, rt):
+    files.check_writable(folder)
+    with files.lock(folder, rt):
         rt.on_main(claim, folder, config, args, epoch)
         missing = rt.on_main(find_missing, folder, args.n_samples)
         rt.print(f"{args.weights} weights of epoch {epoch}, seed {args.seed}: {len(missing):,} of {args.n_samples:,} "
@@ -74,7 +75,7 @@ def variant(args):
 
 def describe(config, args, epoch):
     """All that decides what the images look like."""
-    return {"checkpoint_sha256": runtime.sha256(checkpoint.path_of(config, epoch)),
+    return {"checkpoint_sha256": files.sha256(checkpoint.path_of(config, epoch)),
             "epoch": epoch, "weights": args.weights, "seed": args.seed, "steps": args.steps,
             "eta": args.eta, "clip_denoised": args.clip_denoised, "precision": options.precision(args),
             "diffusion": config["diffusion"], "network": config["network"]}
@@ -97,11 +98,11 @@ def claim(folder, config, args, epoch):
     elif any(folder.glob("images/*")):
         raise UserError(f"{folder}/images holds files, but no settings.json says how they were made: "
                         f"choose another folder with --out")
-    runtime.make_folder(folder / "images")
-    with runtime.atomic(note) as temporary:
+    files.make_folder(folder / "images")
+    with files.atomic(note) as temporary:
         temporary.write_text(json.dumps(settings | {"n_samples": n_samples}, indent=1) + "\n")
     for part in (folder, folder / "images"):
-        runtime.clean(part)
+        files.clean(part)
 
 
 def png(folder, i):
@@ -150,7 +151,7 @@ def finish(folder, args):
     first = torch.from_numpy(np.stack([read(i) for i in range(min(args.n_samples, GRID))])).permute(0, 3, 1, 2)
     data.save_png(data.grid(first, 8), folder / "grid.png")
     if args.npz:
-        with runtime.atomic(folder / "samples.npz") as temporary, open(temporary, "wb") as f:
+        with files.atomic(folder / "samples.npz") as temporary, open(temporary, "wb") as f:
             np.savez(f, np.stack([read(i) for i in range(args.n_samples)]))
     print(f"images: {folder / 'images'}  grid: {folder / 'grid.png'}"
           + f"  npz: {folder / 'samples.npz'}" * args.npz)

@@ -10,7 +10,6 @@ checkpoint in save_dir; with --max-restarts=N torchrun starts it again by itself
 
 import contextlib
 import math
-import os
 import signal
 import time
 import warnings
@@ -23,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 import checkpoint
 import data
 import edm
+import files
 import logs
 import options
 import runtime
@@ -39,7 +39,7 @@ def main():
     rt = runtime.start()
     check_batch(config, rt)
     describe(config, args, rt)
-    runtime.check_writable(config["save_dir"])
+    files.check_writable(config["save_dir"])
     if config["load_epoch"] >= 0:
         checkpoint.find(config, config["load_epoch"])
     if args.dry_run:
@@ -48,8 +48,8 @@ def main():
         images, _ = data.load(config)
     if config["batch_size"] > len(images):
         raise UserError(f"batch_size {config['batch_size']} is more than the {len(images)} training images")
-    with runtime.lock(config["save_dir"], rt):
-        path = rt.on_main(checkpoint_to_load, config, args)
+    with files.lock(config["save_dir"], rt):
+        path = rt.on_main(checkpoint_to_load, config, args, rt.restarted)
         training = Training(config, args, rt, data.to_device(images, rt.device))
         if path is not None:
             training.restore(checkpoint.load(path))
@@ -84,13 +84,13 @@ def describe(config, args, rt):
              f"{options.precision(args)}")
 
 
-def checkpoint_to_load(config, args):
+def checkpoint_to_load(config, args, restarted):
     """The checkpoint to go on from, None for a new run: the newest whole one, or that of load_epoch.
 
     Raises UserError where --fresh finds one. Both are for the first start: a run that has gone on from load_epoch and
-    is started again goes on from its newest checkpoint.
+    is started again, be it by torchrun (`restarted`), goes on from its newest checkpoint.
     """
-    if args.fresh and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+    if args.fresh and not restarted:
         if checkpoint.folder_of(config).exists() and any(checkpoint.folder_of(config).glob("*.pth")):
             raise UserError(f"--fresh: {config['save_dir']} holds the checkpoints of a run: choose another save_dir, "
                             f"or remove it")
@@ -99,8 +99,8 @@ def checkpoint_to_load(config, args):
     if config["load_epoch"] < 0:
         return newest
     picked = checkpoint.path_of(config, checkpoint.find(config, config["load_epoch"]))
-    if newest and checkpoint.step_in(newest) > checkpoint.step_in(picked) and (
-            checkpoint.load(newest)["config"]["load_epoch"] == config["load_epoch"]):
+    later = newest and (checkpoint.step_in(newest) > checkpoint.step_in(picked) or not checkpoint.is_whole(picked))
+    if later and checkpoint.load(newest)["config"]["load_epoch"] == config["load_epoch"]:
         return newest
     return picked
 
@@ -264,7 +264,7 @@ class Training:
         if self.scaler.is_enabled() and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
         self.step, self.window = state["step"], state["window"]
-        self.bad_steps.fill_(state["bad_steps"])
+        self.bad_steps.fill_(state["bad_steps"] % MAX_BAD_STEPS)
         if self.rt.is_main:                                     # The other processes' sums are in it.
             self.loss_sum.copy_(state["loss_sum"])
 
@@ -288,13 +288,17 @@ def train(training):
         return
     if rt.is_main:
         for name in ("", "ckpts", "grids", "tensorboard"):
-            runtime.clean(runtime.make_folder(f"{config['save_dir']}/{name}"))
+            files.clean(files.make_folder(f"{config['save_dir']}/{name}"))
     if t.step:
         rt.print(f"going on in {config['save_dir']} after step {t.step}")
     log = logs.Log(config["save_dir"], t.step, rt.is_main)
     saver = checkpoint.Saver(config, log)
     with contextlib.closing(log), contextlib.closing(saver), rt.bar(t.total_steps, "step", initial=t.step) as bar:
-        run_steps(t, log, saver, bar)
+        try:
+            run_steps(t, log, saver, bar)
+        except (runtime.Stopped, UserError):
+            runtime.Watch.active = False    # The others leave too, while the main process may still write.
+            raise
         saved = saver.finish()
     if t.step == t.total_steps and saved and config["save_model"] and rt.is_main:
         checkpoint.forget_latest(config)
@@ -314,7 +318,7 @@ def state_of_last(t):
 
 def run_steps(t, log, saver, bar):
     """Train to the last step, or to --max_steps."""
-    meter, signals = Meter(t), runtime.Signals(t.rt)
+    meter, signals = Meter(t), runtime.Signals(t.rt, saver.wait)
     if t.step and t.step % t.steps_per_epoch == 0:
         end_epoch(t, log, saver, signals, resumed=True)
     for epoch, index in batches(t):
@@ -341,6 +345,7 @@ def run_steps(t, log, saver, bar):
                 return
         signum, due = signals.agree(saver.is_due())
         if due or signum:
+            t.check_bad_steps()             # What is saved can go on.
             saver.save(t.state(), checkpoint.latest_paths(t.config)[0])
         if signum:
             leave(t, saver, signum)
@@ -437,11 +442,11 @@ def sample_grid(training, epoch, log):
     n_columns = math.ceil(math.sqrt(n))
     real = t.images[::max(1, len(t.images) // n)][:n].cpu()
     image = torch.cat([data.grid(samples, n_columns), data.grid(real, n_columns)], dim=1)
-    log.image(t.step, "samples above real images", image)
     try:
         data.save_png(image, grid_path(t.config, epoch))
     except UserError as e:                  # A full disk: the next grid may fit.
         log.failed(t.step, str(e))
+    log.image(t.step, "samples above real images", image)
 
 
 if __name__ == "__main__":

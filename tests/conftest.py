@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -46,11 +47,14 @@ def tiny_config(folder, net_type="UNetC", **changes):
     return path
 
 
-def launch(script, *args, processes=None, restarts=0):
-    """The command line and environment of a command, under torchrun where `processes` is given."""
+def launch(script, *args, processes=None, restarts=0, port=None):
+    """The command line and environment of a command, under torchrun where `processes` is given; with a port as on one
+    machine of two."""
     launcher = [sys.executable]
     if processes:
-        launcher = [str(Path(sys.executable).with_name("torchrun")), "--standalone", f"--nproc_per_node={processes}",
+        machines = ["--nnodes=2", "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}"] if port else [
+            "--standalone"]
+        launcher = [str(Path(sys.executable).with_name("torchrun")), *machines, f"--nproc_per_node={processes}",
                     f"--max-restarts={restarts}"]
     env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")}
     return {"args": [*launcher, str(ROOT / script), *map(str, args)], "env": env, "text": True}
@@ -69,16 +73,23 @@ def succeed(*args, **kwargs):
 
 
 @contextlib.contextmanager
-def started(folder, script, *args, processes=None, restarts=0):
+def started(folder, script, *args, cwd=ROOT, **how):
     """Start a command; its output goes to folder/out and folder/err. What is left of it in the end is killed."""
     with open(folder / "out", "w") as out, open(folder / "err", "w") as err:
-        process = subprocess.Popen(**launch(script, *args, processes=processes, restarts=restarts), stdout=out,
-                                   stderr=err, start_new_session=True)
+        process = subprocess.Popen(**launch(script, *args, **how), stdout=out, stderr=err, start_new_session=True,
+                                   cwd=cwd)
     try:
         yield process
     finally:
         kill_all(str(args[args.index("--config") + 1]))
         process.wait()
+
+
+def free_port():
+    """A TCP port that nothing listens on."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
 
 
 def processes_of(word):

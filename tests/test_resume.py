@@ -1,8 +1,10 @@
 """Runs that are killed, stopped, restarted: what comes out is what an undisturbed run gives."""
 
+import contextlib
 import os
 import random
 import signal
+import subprocess
 import time
 
 import pytest
@@ -10,8 +12,10 @@ import torch
 from conftest import (
     ROOT,
     distance,
+    free_port,
     kill_all,
     last_step,
+    launch,
     metrics,
     processes_of,
     run,
@@ -129,18 +133,44 @@ def test_a_signal_saves_and_its_code_is_the_exit_code(tmp_path, signum, code):
     assert not list(folder.rglob(".*.tmp"))
 
 
-def test_a_second_interrupt_leaves_at_once(tmp_path):
+@pytest.mark.parametrize("seconds", [0.3, 3.0])
+def test_a_second_interrupt_leaves_at_once(tmp_path, seconds):
     """Steps of seconds: after the first SIGINT the step goes on, after the second the process ends in the middle."""
     path = config_in(tmp_path, "one", batch_size=1400, network={"n_channels": 64, "n_blocks": 2, "dropout": 0.0})
     with started(path.parent, "train.py", "--config", path) as process:
         wait_until(lambda: last_step(path.parent / "run") >= 2)         # One step an epoch; no grid after this one.
-        time.sleep(0.3)
+        time.sleep(seconds)                 # In the forward or in the backward pass.
         process.send_signal(signal.SIGINT)
-        time.sleep(0.3)
+        time.sleep(0.2)
         assert process.poll() is None
         process.send_signal(signal.SIGINT)
-        assert process.wait(5) == -signal.SIGINT    # 130 in a shell.
+        assert process.wait(3) == 130
     assert last_step(path.parent / "run") == 2
+    errors = (path.parent / "err").read_text()
+    assert "train.py: stopped by SIGINT at once" in errors and "Traceback" not in errors
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_while_torch_compiles(tmp_path, signum, code):
+    path = config_in(tmp_path, "one")
+    with started(path.parent, "train.py", "--config", path, "--compile") as process:
+        wait_until(lambda: "0/100" in (path.parent / "err").read_text())
+        time.sleep(2)
+        process.send_signal(signum)
+        assert process.wait(5) == code
+    errors = (path.parent / "err").read_text()
+    assert f"train.py: stopped by {signum.name} at once" in errors and "Traceback" not in errors
+    assert last_step(path.parent / "run") == 0      # It did come before the first step.
+
+
+def test_a_signal_that_nohup_ignores(tmp_path):
+    path = config_in(tmp_path, "one", n_epoch=3)
+    done = subprocess.Popen(["nohup", *launch("train.py", "--config", path).pop("args")], stdout=subprocess.DEVNULL,
+                            stderr=subprocess.DEVNULL, cwd=ROOT)
+    wait_until(lambda: last_step(path.parent / "run") >= 3)
+    done.send_signal(signal.SIGHUP)
+    assert done.wait(60) == 0 and last_step(path.parent / "run") == 30
 
 
 @pytest.mark.slow
@@ -154,6 +184,38 @@ def test_a_killed_process_is_restarted_by_torchrun(tmp_path):
         assert process.wait(120) == 0, (killed.parent / "err").read_text()[-3000:]
     assert "going on in" in (killed.parent / "out").read_text()
     assert all(value <= 1e-6 for value in differences(whole, killed, 9).values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_killed_process_of_two_machines(tmp_path, rank):
+    """The machine that lost its process counts a restart, the other does not: they find each other all the same, and
+    --fresh, of which torchrun knows nothing, is for the first start."""
+    whole, killed = config_in(tmp_path, "whole"), config_in(tmp_path, "killed")
+    succeed("train.py", "--config", whole, processes=2)
+    how = {"processes": 1, "restarts": 3, "port": free_port()}
+    (tmp_path / "other").mkdir()
+    with started(killed.parent, "train.py", "--config", killed, "--fresh", **how) as one, started(
+            tmp_path / "other", "train.py", "--config", killed, "--fresh", **how) as other:
+        wait_until(lambda: last_step(killed.parent / "run") >= 42)
+        os.kill(next(pid for pid, env in processes_of(str(killed)).items() if env.get("RANK") == rank), signal.SIGKILL)
+        for process in (one, other):
+            assert process.wait(180) == 0, (killed.parent / "err").read_text()[-3000:]
+    assert "going on in" in (killed.parent / "out").read_text() + (tmp_path / "other" / "out").read_text()
+    assert all(value <= 1e-6 for value in differences(whole, killed, 9).values())
+
+
+@pytest.mark.slow
+def test_two_machines_that_share_no_folder(tmp_path):
+    path, port, folders = config_in(tmp_path, "one", save_dir="run"), free_port(), [tmp_path / "a", tmp_path / "b"]
+    with contextlib.ExitStack() as stack:
+        for folder in folders:
+            folder.mkdir()
+            stack.enter_context(started(folder, "train.py", "--config", path, processes=1, port=port, cwd=folder))
+        wait_until(lambda: not processes_of(str(path)))
+    errors = "".join((folder / "err").read_text() for folder in folders)
+    assert errors.count("run is not one folder for all machines: it must be on a disk that they share") == 1, errors
+    assert 'train.py", line' not in errors and not list(tmp_path.rglob("*.pth"))
 
 
 @pytest.mark.slow
@@ -257,7 +319,8 @@ def test_load_epoch_is_for_the_first_start(tmp_path):
 def test_what_shapes_the_result_is_refused(tmp_path):
     path = config_in(tmp_path, "one", n_epoch=1)
     succeed("train.py", "--config", path)
-    for change, words in (("network.dropout=0.3", "network"), ("lrate=0.5", "lrate 0.01 there, 0.5 here"),
+    for change, words in (("network.dropout=0.3", "another config (network.dropout 0.2 there, 0.3 here)"),
+                          ("lrate=0.5", "lrate 0.01 there, 0.5 here"),
                           ("diffusion.sigma_data=0.4", "sigma_data"), ("seed=1", "seed 0 there, 1 here")):
         done = run("train.py", "--config", path, "--set", change, "--set", "n_epoch=2")
         assert done.returncode == 2 and words in done.stderr and len(done.stderr.strip().splitlines()) == 1

@@ -1,5 +1,6 @@
 """train.py as users run it: real processes, one, two and four of them."""
 
+import contextlib
 import copy
 import math
 
@@ -10,6 +11,8 @@ from conftest import DATA, NETS, ROOT, distance, metrics, needs_cifar10, run, su
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import checkpoint
+import files
 import logs
 import options
 import runtime
@@ -252,7 +255,7 @@ def training(tmp_path, net_type="UNetE", dtype=None, **changes):
 def poison(t, value):
     """Make one gradient of every coming step `value`."""
     weight = t.edm.net.stem.weight
-    weight.register_hook(lambda grad: torch.full_like(grad, value))
+    return weight.register_hook(lambda grad: torch.full_like(grad, value))
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -284,6 +287,51 @@ def test_a_bad_gradient_is_zero_for_adam_and_the_others_count(tmp_path):
     assert bad.bad_steps.item() == 1 and good.bad_steps.item() == 0
     for a, b in zip(good.parameters, bad.parameters, strict=True):
         assert torch.equal(a, b)
+
+
+def test_a_run_that_had_bad_steps_goes_on_exactly(tmp_path):
+    """Scale and growth of the GradScaler, and the count of bad steps in a row, are in the checkpoint."""
+    whole, parts = (training(tmp_path, "UNetE", "float16", batch_size=8) for _ in range(2))
+    handle = poison(whole, math.inf)
+    for step in range(8):
+        if step == 5:
+            handle.remove()
+            parts.restore(copy.deepcopy(whole.state()))
+            assert parts.scaler.get_scale() == 2 and parts.bad_steps.item() == 5
+            assert parts.scaler.state_dict() == whole.scaler.state_dict()
+        whole.training_step(torch.arange(8))
+    for _ in range(3):
+        parts.training_step(torch.arange(8))
+    assert parts.bad_steps.item() == 0 and parts.ema.step.item() == whole.ema.step.item() == 3
+    assert parts.scaler.state_dict() == whole.scaler.state_dict()
+    for key in ALL:
+        assert distance(whole.state()[key], parts.state()[key]) == 0
+
+
+def test_what_only_bad_steps_led_to_is_not_saved(tmp_path, monkeypatch):
+    """A save in the steps before the guard looks would keep a run from ever going on."""
+    t = training(tmp_path, batch_size=8, save_minutes=1e-9, log_every=1000, n_epoch=1)
+    t.images = t.images.repeat(50, 1, 1, 1)
+    t.steps_per_epoch = t.total_steps = 100
+    poison(t, math.nan)
+
+    class NoSignals:
+        def __init__(self, *_):
+            self.unsaved = False
+
+        def agree(self, save):
+            return 0, save
+
+    monkeypatch.setattr(runtime, "Signals", NoSignals)
+    log = logs.Log(files.make_folder(t.config["save_dir"]), 0, True)
+    saver = checkpoint.Saver(t.config, log)
+    with pytest.raises(runtime.UserError, match="20 steps in a row"), contextlib.closing(saver):
+        train_script.run_steps(t, log, saver, t.rt.bar(100, "step"))
+    state = checkpoint.load(checkpoint.newest(t.config))
+    assert 0 < state["bad_steps"] < train_script.MAX_BAD_STEPS
+    t.images = t.images[:state["n_images"]]
+    t.restore(state | {"bad_steps": train_script.MAX_BAD_STEPS})
+    assert t.bad_steps.item() == 0
 
 
 @pytest.mark.parametrize("dtype", [None, "float16"])
