@@ -191,6 +191,11 @@ def newest(config):
         except Damaged as e:
             warn(f"{e}: looking for one before it" if found is None else e)
             damaged.append(path)
+        except UserError as e:
+            if found is None:
+                raise
+            warn(e)
+            damaged.append(path)
     for path in set(damaged) & set(latest_paths(config)) if found else ():
         path.replace(f"{path}.damaged")                 # Or the next save would keep it as the one before.
     if damaged and not found:
@@ -225,7 +230,7 @@ class Saver:
         self.writing = None                 # The save under way: a future and the step.
         self.succeeded = True               # The last save, as far as it is known.
         self.minutes = config["save_minutes"]
-        self.peak = 0                       # GPU memory in bytes that training takes without copies.
+        self.peak, self.copied = 0, 0       # Bytes of GPU memory that training takes without a copy, and of a copy.
         self.next_save = time.monotonic() + 60 * self.minutes
         if log.active:
             make_folder(folder_of(config))
@@ -249,8 +254,9 @@ class Saver:
             if any(self.log.pending.values()):
                 self.failed(state["step"], f"cannot write {path} before {self.log.path} and TensorBoard's file")
                 return
-            if torch.cuda.is_available() and not self.peak:
-                self.peak = torch.cuda.max_memory_allocated()
+            if torch.cuda.is_available():   # A copy may have been there at the peak.
+                self.peak = max(self.peak, torch.cuda.max_memory_allocated() - self.copied)
+                self.copied = sum(tensor.nbytes for tensor in tensors(state))
             try:
                 copy = copied(state, self.peak)
             except (RuntimeError, MemoryError) as e:
@@ -293,6 +299,15 @@ class Saver:
         self.thread.shutdown()
 
 
+def tensors(value):
+    """All tensors in a state."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from tensors(item)
+
+
 def copied(state, peak):
     """Copy a state, so that training can go on; return a function that gives the copy, on the CPU, once.
 
@@ -308,10 +323,9 @@ def copied(state, peak):
 
     if not torch.cuda.is_available():
         return [each(state, torch.clone)].pop
-    sizes = []
-    each(state, lambda tensor: sizes.append(tensor.nbytes))
+    size = sum(tensor.nbytes for tensor in tensors(state))
     try:
-        if sum(sizes) > torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - peak:
+        if size > torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - peak:
             raise torch.OutOfMemoryError
         copy = [each(state, torch.clone)]
     except torch.OutOfMemoryError:

@@ -14,6 +14,8 @@ from pathlib import Path
 
 from runtime import UserError, warn
 
+SHOWN = 75      # Seconds after which a file on a network disk shows on all machines: NFS remembers for up to 60.
+
 
 def check_writable(folder):
     """Raise UserError unless `folder` can be made and written to; makes nothing."""
@@ -74,11 +76,15 @@ def lock(folder, rt):
         return ""                           # A full disk.
 
     def is_shared(holder):
-        for _ in range(20):                 # Network disks may show it late.
-            with contextlib.suppress(OSError):
+        for _ in range(SHOWN):
+            try:
                 if path.read_text() == holder:
                     return True
-            time.sleep(0.5)
+            except PermissionError:         # Some network disks let nobody read what is locked.
+                return True
+            except OSError:
+                pass
+            time.sleep(1)
         return False
 
     with contextlib.ExitStack() as held:

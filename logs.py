@@ -1,5 +1,6 @@
 """What a run writes down: metrics.jsonl and results.jsonl, one JSON line per record, and the same in TensorBoard."""
 
+import contextlib
 import io
 import json
 import math
@@ -140,6 +141,7 @@ class Log:
         """Write out what is pending; what the disk does not take stays for the next time, which is said once."""
         for path, data in self.pending.items():
             try:
+                path.parent.mkdir(parents=True, exist_ok=True)      # Somebody may have moved it away.
                 append(path, data)
                 self.pending[path] = b""
                 self.full.discard(path)
@@ -151,7 +153,7 @@ class Log:
     def sync(self):
         """Bring the lines that are written to the disk itself, so that no checkpoint is newer than they."""
         for path in self.pending:
-            with open(path, "rb") as file:
+            with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
                 os.fsync(file.fileno())
 
     def close(self):

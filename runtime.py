@@ -18,7 +18,8 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-FULL = 50_000       # Samples of a figure that can be compared with published ones.
+FULL = 50_000                   # Samples of a figure that can be compared with published ones.
+MEET = timedelta(minutes=5)     # How long processes wait for each other at the start.
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Errors that a user can cause: one line on stderr, exit code 2.
@@ -134,7 +135,7 @@ class Runtime:
     local_rank: int
     local_world_size: int
     device: torch.device
-    restarted: bool = False         # Whether torchrun has started the job again.
+    job: dist.Store | None = None   # torchrun's store, which outlives its restarts.
 
     @property
     def is_main(self):
@@ -224,38 +225,39 @@ def start():
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         torch.set_num_threads(max(1, cores // env["local_world_size"]))
     socket.setdefaulttimeout(60)        # A download from a dead network is an error, not a hang.
-    restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
-    if env["world_size"] > 1:
-        try:
-            attempt, store, restarted = meet(env["rank"], env["world_size"], restarted)
+    store, under_torchrun = None, os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    try:
+        if env["world_size"] > 1 or under_torchrun:
+            store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout=MEET,
+                                  is_master=env["rank"] == 0 and not under_torchrun)
+        if env["world_size"] > 1:
+            attempt = meet(store, env["rank"], env["world_size"])
+            store.set_timeout(timedelta(minutes=30))
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30),
                                     store=dist.PrefixStore(attempt, store), rank=env["rank"],
                                     world_size=env["world_size"], device_id=device if device.type == "cuda" else None)
             Watch(env["rank"], env["world_size"], attempt)
-        except (RuntimeError, ValueError, KeyError) as e:
-            raise UserError(f"cannot join the other processes: {e!r}"[:500]) from None
-    return Runtime(**env, device=device, restarted=restarted)
+    except (RuntimeError, ValueError, KeyError) as e:
+        raise UserError(f"cannot join the other processes: {e!r}"[:500]) from None
+    return Runtime(**env, device=device, job=store)
 
 
-def meet(rank, world_size, restarted):
-    """Agree with the other processes on a name for this attempt; return it, the store, and whether any was restarted.
+def meet(store, rank, world_size):
+    """Agree with the other processes on a name for this attempt, and return it.
 
     torchrun's store outlives a restart, and the attempts that it counts differ from machine to machine. So process 0
     makes up a name, each process answers with a word of its own, and process 0 confirms the words: those of an earlier
     attempt are others. Raises RuntimeError where a process does not come.
     """
-    patience = timedelta(minutes=5)
-    hosts = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=hosts, timeout=patience)
-    word, words = f"{secrets.token_hex(8)} {int(restarted)}", []
-    end = time.monotonic() + patience.total_seconds()
+    word, words = secrets.token_hex(8), []
+    end = time.monotonic() + MEET.total_seconds()
     while word not in words:
         if time.monotonic() > end:
-            raise RuntimeError(f"process 0 has not answered for {patience.total_seconds():.0f} s")
+            raise RuntimeError(f"process 0 has not answered for {MEET}")
         if rank == 0:
-            store.set("attempt", name := secrets.token_hex(8))
+            store.set("edm2/attempt", name := secrets.token_hex(8))
         else:
-            name = store.get("attempt").decode()
+            name = store.get("edm2/attempt").decode()
         store.set(f"{name}/word/{rank}", word)
         if rank == 0:
             store.set(f"{name}/words", ",".join(store.get(f"{name}/word/{i}").decode() for i in range(world_size)))
@@ -263,8 +265,7 @@ def meet(rank, world_size, restarted):
             words = store.get(f"{name}/words").decode().split(",")
         if word not in words:
             time.sleep(0.1)
-    store.set_timeout(timedelta(minutes=30))
-    return name, store, any(answer.endswith(" 1") for answer in words)
+    return name
 
 
 class Watch:
@@ -336,9 +337,9 @@ class Signals:
         self.signum, self.unsaved, self.wait_for_save = 0, False, wait_for_save
         self.asked, self.work = torch.zeros(2, dtype=torch.int64), None
         self.group = dist.new_group(backend="gloo") if rt.world_size > 1 else None
-        self.receive, self.send = socket.socketpair()
-        self.send.setblocking(False)
-        signal.set_wakeup_fd(self.send.fileno(), warn_on_full_buffer=False)     # Each signal's number comes as a byte.
+        self.receive, send = os.pipe()
+        os.set_blocking(send, False)
+        signal.set_wakeup_fd(send, warn_on_full_buffer=False)       # Each signal's number comes as a byte.
         for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             if signum != signal.SIGHUP or signal.getsignal(signum) != signal.SIG_IGN:       # nohup
                 signal.signal(signum, lambda *_: None)
@@ -347,7 +348,7 @@ class Signals:
     def listen(self):
         """Note each signal, or leave at once."""
         while True:
-            signum = self.receive.recv(1)[0]
+            signum = os.read(self.receive, 1)[0]
             if self.signum and signum == signal.SIGINT:
                 self.leave(signum)
             elif not self.unsaved and not self.signum:

@@ -49,7 +49,7 @@ def main():
     if config["batch_size"] > len(images):
         raise UserError(f"batch_size {config['batch_size']} is more than the {len(images)} training images")
     with files.lock(config["save_dir"], rt):
-        path = rt.on_main(checkpoint_to_load, config, args, rt.restarted)
+        path = rt.on_main(checkpoint_to_load, config, args, rt.job)
         training = Training(config, args, rt, data.to_device(images, rt.device))
         if path is not None:
             training.restore(checkpoint.load(path))
@@ -84,16 +84,18 @@ def describe(config, args, rt):
              f"{options.precision(args)}")
 
 
-def checkpoint_to_load(config, args, restarted):
+def checkpoint_to_load(config, args, job):
     """The checkpoint to go on from, None for a new run: the newest whole one, or that of load_epoch.
 
-    Raises UserError where --fresh finds one. Both are for the first start: a run that has gone on from load_epoch and
-    is started again, be it by torchrun (`restarted`), goes on from its newest checkpoint.
+    Raises UserError where --fresh finds one. Both are for the first start: what torchrun starts again (`job` is its
+    store) goes on, and so does a run that has gone on from load_epoch, from its newest checkpoint.
     """
-    if args.fresh and not restarted:
+    if args.fresh and not (job and job.check(["edm2/fresh"])):
         if checkpoint.folder_of(config).exists() and any(checkpoint.folder_of(config).glob("*.pth")):
             raise UserError(f"--fresh: {config['save_dir']} holds the checkpoints of a run: choose another save_dir, "
                             f"or remove it")
+        if job:
+            job.set("edm2/fresh", "begun")
         return None
     newest = checkpoint.newest(config)
     if config["load_epoch"] < 0:

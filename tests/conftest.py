@@ -60,9 +60,9 @@ def launch(script, *args, processes=None, restarts=0, port=None):
     return {"args": [*launcher, str(ROOT / script), *map(str, args)], "env": env, "text": True}
 
 
-def run(script, *args, processes=None, cwd=ROOT, timeout=600):
+def run(script, *args, cwd=ROOT, timeout=600, **how):
     """Run a command as a user does; return the finished process."""
-    return subprocess.run(**launch(script, *args, processes=processes), cwd=cwd, timeout=timeout, capture_output=True)
+    return subprocess.run(**launch(script, *args, **how), cwd=cwd, timeout=timeout, capture_output=True)
 
 
 def succeed(*args, **kwargs):

@@ -118,6 +118,17 @@ def test_lines_that_a_full_disk_cuts_are_taken_back(small_disk):
     assert (small_disk / "lines").read_text() == "one\ntwo\n"
 
 
+def test_a_folder_that_is_moved_away(tmp_path, trained):
+    """Figures and saves go on."""
+    config = options.load_config(trained / "config.yaml", [f"save_dir={tmp_path / 'run'}"])
+    log = logs.Log(make_folder(config["save_dir"]), 0, True)
+    with contextlib.closing(checkpoint.Saver(config, log)) as saver:
+        shutil.rmtree(tmp_path / "run" / "tensorboard")
+        log.write(1, {"loss": 1.0})
+        saver.save({"step": 1, "weight": torch.ones(1)}, checkpoint.latest_paths(config)[0])
+        assert saver.finish() and not log.failures
+
+
 def test_the_log_keeps_what_cannot_be_written(tmp_path, monkeypatch, capsys):
     log = logs.Log(tmp_path, 0, True)
     log.write(1, {"loss": 1.0})
@@ -248,7 +259,7 @@ def test_a_checkpoint_that_cannot_be_read_is_not_taken_for_damaged(trained, tmp_
     assert latest.exists()
 
 
-def test_a_damaged_save_that_is_not_the_newest(trained, tmp_path, capsys):
+def test_a_damaged_save_that_is_not_the_newest(trained, tmp_path, capsys, monkeypatch):
     """The next save would make it the one before."""
     shutil.copytree(trained / "run", tmp_path / "run")
     config = options.load_config(trained / "config.yaml") | {"save_dir": str(tmp_path / "run")}
@@ -260,6 +271,17 @@ def test_a_damaged_save_that_is_not_the_newest(trained, tmp_path, capsys):
     latest.write_bytes(content)
     assert checkpoint.newest(config) == checkpoint.path_of(config, 3)
     assert not latest.exists() and before.exists() and str(latest) in capsys.readouterr().err
+    # An error of the disk in a file that is not needed.
+    shutil.copyfile(checkpoint.path_of(config, 2), latest)
+    verify = checkpoint.verify
+
+    def failing(path):
+        if path == latest:
+            raise UserError("Input/output error")
+        verify(path)
+
+    monkeypatch.setattr(checkpoint, "verify", failing)
+    assert checkpoint.newest(config) == checkpoint.path_of(config, 3) and not latest.exists()
 
 
 def test_load_epoch_of_a_checkpoint_that_is_damaged_since(trained, tmp_path):
@@ -268,10 +290,10 @@ def test_load_epoch_of_a_checkpoint_that_is_damaged_since(trained, tmp_path):
     config = options.load_config(trained / "config.yaml", [f"save_dir={tmp_path / 'run'}", "load_epoch=1"])
     args = SimpleNamespace(fresh=False)
     picked, latest = checkpoint.path_of(config, 1), checkpoint.latest_paths(config)[0]
-    assert train.checkpoint_to_load(config, args, False) == picked
+    assert train.checkpoint_to_load(config, args, None) == picked
     checkpoint.write(latest, checkpoint.load(checkpoint.path_of(config, 2)) | {"config": config, "step": 41})
     for _ in range(2):
-        assert train.checkpoint_to_load(config, args, False) == latest
+        assert train.checkpoint_to_load(config, args, None) == latest
         picked.write_bytes(picked.read_bytes()[:-1000])
 
 
