@@ -1,0 +1,101 @@
+"""Sampling: sample.py against the plain path, in turns, in one run.
+
+    python benchmarks/sample.py | tee benchmarks/results/sample.md
+    python benchmarks/sample.py --n 50000 --rounds 1 --amp_dtype float16            # on a GPU
+
+Untrained networks: the time is the same. plain: eager, NCHW, weights normalized anew in every call, PNGs written
+after each batch, one by one. Both write n PNGs.
+"""
+
+import argparse
+import shlex
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from PIL import Image
+from sides import ROOT, alternate, machine, table
+
+import edm
+import options
+import runtime
+import sample
+
+
+def main():
+    """Time each config's sides and print a table."""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--configs", nargs="+", default=["cifar10/C", "cifar10/E", "cifar10/G"])
+    p.add_argument("--n", type=int, default=64, help="images")
+    p.add_argument("--rounds", type=int, default=3)
+    p.add_argument("--steps", type=int, default=18)
+    p.add_argument("--amp_dtype", choices=["float16", "bfloat16"])
+    args = p.parse_args()
+    print(f"`{shlex.join(['python', *sys.argv])}`, {machine()}, {args.n} images in {args.steps} steps\n")
+    for name in args.configs:
+        config = options.load_config(ROOT / "config" / f"{name}.yaml")
+        with tempfile.TemporaryDirectory() as folder:
+            timings = alternate({f"{name}, {way}": (side, config, args, f"{folder}/{way}")
+                                 for way, side in (("sample.py", fast), ("plain", plain))}, args.rounds, warmup=0)
+            most = max(np.abs(read(f"{folder}/sample.py", i) - read(f"{folder}/plain", i)).max() for i in range(args.n))
+        print(table(timings, f"{name}, plain", {
+            "images per second": lambda t: f"{args.n / t.median:.2f}",
+            "most a pixel differs (grey levels)": lambda t, most=most: f"{most}"}), flush=True)
+
+
+def read(folder, i):
+    """The pixels of an image."""
+    return np.asarray(Image.open(Path(folder) / "images" / f"{i:06d}.png")).astype(int)
+
+
+def denoiser(config, amp_dtype):
+    """An untrained network whose output is not 0."""
+    torch.manual_seed(0)
+    model = edm.build(config, amp_dtype and getattr(torch, amp_dtype))
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.endswith("gain"):
+                p.fill_(1)
+    return model.to(runtime.start().device).eval().requires_grad_(False)
+
+
+def fast(config, args, folder):
+    """What sample.py does with a network that is loaded."""
+    rt = runtime.start()
+    model = denoiser(config, args.amp_dtype).to(memory_format=torch.channels_last)
+    if rt.device.type == "cuda":
+        model.net.compile()
+    settings = SimpleNamespace(n_samples=args.n, batch_gpu=None, seed=0, steps=args.steps, eta=0.0,
+                               clip_denoised=False)
+
+    def run():
+        shutil.rmtree(folder, ignore_errors=True)
+        (Path(folder) / "images").mkdir(parents=True)
+        sample.write_images(model, set(range(args.n)), Path(folder), config, settings, rt)
+    return run
+
+
+def plain(config, args, folder):
+    """The plain path: batches of 64 on the CPU and of 500 on a GPU."""
+    device = runtime.start().device
+    model, shape = denoiser(config, args.amp_dtype), config["network"]["image_shape"]
+    size = 500 if device.type == "cuda" else 64
+
+    def run():
+        shutil.rmtree(folder, ignore_errors=True)
+        (Path(folder) / "images").mkdir(parents=True)
+        for start in range(0, args.n, size):
+            indices = range(start, min(start + size, args.n))
+            images = edm.generate(model, indices, shape, device, 0, args.steps).cpu()
+            for i, image in zip(indices, images, strict=True):
+                Image.fromarray(image.permute(1, 2, 0).squeeze(-1).numpy()).save(
+                    Path(folder) / "images" / f"{i:06d}.png")
+    return run
+
+
+if __name__ == "__main__":
+    main()
