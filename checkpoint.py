@@ -178,12 +178,12 @@ def load(path):
 def newest(config):
     """The newest whole checkpoint to go on from, None where there are none; damaged ones are named on stderr.
 
-    Raises UserError where there are only damaged ones, or one cannot be read: it may be whole.
+    Raises UserError where there are only damaged ones, or a newer one cannot be read: it may be whole.
     """
     paths = [path_of(config, epoch) for epoch in epochs(config)] + [p for p in latest_paths(config) if p.exists()]
     damaged, found = [], None
     for path in sorted(paths, key=step_in, reverse=True):
-        if found and path != latest_paths(config)[0]:
+        if found and path != latest_paths(config)[0]:   # The next save renames that one, be it old: whole or not?
             continue
         try:
             verify(path)
@@ -197,7 +197,7 @@ def newest(config):
             warn(e)
             damaged.append(path)
     for path in set(damaged) & set(latest_paths(config)) if found else ():
-        path.replace(f"{path}.damaged")                 # Or the next save would keep it as the one before.
+        path.replace(f"{path}.damaged")                 # Or it would take the place of the one before.
     if damaged and not found:
         raise UserError(f"{folder_of(config)} holds only damaged checkpoints: move them away to begin anew")
     return found

@@ -30,8 +30,8 @@ class UserError(Exception):
     said = False        # True where another process says the same.
 
 
-class Stopped(BaseException):
-    """The run leaves because of a signal: Stopped(signal number, what was saved). No error: nothing catches it."""
+class Stopped(Exception):
+    """The run leaves because of a signal: Stopped(signal number, what was saved)."""
 
 
 def command_name():
