@@ -14,11 +14,11 @@ from torch import nn
 # ----------------------------------------------------------------------------------------------------------------------
 # Scale to unit mean square over the dimensions `dim`: the core of every norm (Eq. 29) and weight (Eq. 47) below.
 
-def normalize(x, dim, eps=1e-4):
-    """Return x / (rms(x) + eps), rms over the dimensions `dim` in fp32; shape and dtype of x are kept."""
+def normalize(x, dim, eps=1e-4, gain=1):
+    """Return gain · x / (rms(x) + eps), rms over the dimensions `dim` in fp32; shape and dtype of x are kept."""
     norm = torch.linalg.vector_norm(x, dim=dim, keepdim=True, dtype=torch.float32)
     rms = norm * math.sqrt(norm.numel() / x.numel())
-    return (x.float() / (rms + eps)).to(x.dtype)
+    return (x.float() * (gain / (rms + eps))).to(x.dtype)  # Not x / (...): its gradient takes twice the time.
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -34,7 +34,7 @@ def magnitude_preserving(weight, training):
     if training:
         stored = weight.detach()        # Not under no_grad: torch.compile's gradient would see the old weight.
         stored.copy_(normalize(stored, dim))
-    return normalize(weight, dim) / math.sqrt(weight[0].numel())
+    return normalize(weight, dim, gain=1 / math.sqrt(weight[0].numel()))
 
 
 class Linear(nn.Module):

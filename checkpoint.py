@@ -369,8 +369,8 @@ def load_edm(config, epoch, weights, args, device):
 
 def check_same_run(config, saved):
     """Raise UserError listing the keys that shape the result and differ between a config and a checkpoint's."""
-    free = {"n_epoch", "load_epoch", "data_root", "classes", "save_dir", "save_model", "save_every", "save_minutes",
-            "log_every", "n_sample", "linear"}
+    free = {"n_epoch", "load_epoch", "data_root", "cache_dir", "classes", "save_dir", "save_model", "save_every",
+            "save_minutes", "log_every", "n_sample", "linear"}
     refuse_differences(config, saved, [key for key in config if key not in free], "choose another save_dir")
 
 

@@ -1,11 +1,15 @@
 """Data set name -> uint8 images and labels in memory -> batches on the device; and images back to files.
 
-A data set is decoded once into one array (N,C,H,W) uint8. No step ever waits for data: a batch is an index look-up.
+A data set is decoded once into one array (N,C,H,W) uint8, kept in cache_dir. No step ever waits for data: a batch is an
+index look-up.
 """
 
 import contextlib
 import fcntl
+import hashlib
+import json
 import os
+import pickle
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,8 +18,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from files import atomic
-from runtime import UserError
+import files
+from runtime import UserError, warn
 
 TINY_URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
 TINY_MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
@@ -27,17 +31,30 @@ TINY_MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
 def load(config, train=True):
     """Load the training or test set that a config names, downloading it to data_root where a source exists.
 
-    Return images (N,C,H,W) uint8 and labels (N,) int64, both on the CPU.
+    Return images (N,C,H,W) uint8 and labels (N,) int64, both on the CPU: not to be written to, as they may be a mapped
+    file of cache_dir, where they are left decoded for the next time.
     Raises UserError where the data are missing or damaged. That image_shape is theirs, options has checked.
     """
     name, root = config["dataset"], Path(config["data_root"])
     shape = tuple(config["network"]["image_shape"])
+    folder = {"digits": None, "cifar10": root / "cifar-10-batches-py", "cifar100": root / "cifar-100-python",
+              "tinyimagenet": root / "tiny-imagenet-200", "folder": root}[name]
+    kept = before = None
+    if folder and config["cache_dir"]:
+        of = hashlib.sha256(f"{folder.absolute()} {shape}".encode()).hexdigest()
+        kept = Path(config["cache_dir"]) / "data" / f"{name}-{'train' if train else 'test'}-{of[:8]}.pt"
+        before = fingerprint(folder)
+        if (tensors := read_kept(kept, before)) is not None:
+            return tensors
     if name == "folder":
         images, labels = load_folder(root, train, shape)
     else:
         images, labels = {"digits": load_digits, "cifar10": load_cifar10, "cifar100": load_cifar100,
                           "tinyimagenet": load_tinyimagenet}[name](root, train)
-    return torch.from_numpy(images), torch.from_numpy(labels)
+    images, labels = torch.from_numpy(images), torch.from_numpy(labels)
+    if kept and (after := fingerprint(folder)) and before in (None, after):     # Not changed meanwhile.
+        keep(kept, after, images, labels)
+    return images, labels
 
 
 def load_digits(root, train):
@@ -69,8 +86,8 @@ def load_cifar(dataset, root, train):
     try:
         cifar = dataset(root, train=train)
     except (RuntimeError, OSError) as e:
-        files = [*dataset.train_list, *dataset.test_list, [dataset.meta["filename"], dataset.meta["md5"]]]
-        damaged = [str(folder / name) for name, md5 in files if not check_integrity(folder / name, md5)]
+        parts = [*dataset.train_list, *dataset.test_list, [dataset.meta["filename"], dataset.meta["md5"]]]
+        damaged = [str(folder / name) for name, md5 in parts if not check_integrity(folder / name, md5)]
         raise UserError(f"{dataset.__name__}: {damaged[0] if damaged else e} is missing, damaged or cut short; remove "
                         f"{folder} to download it again") from None
     return np.ascontiguousarray(cifar.data.transpose(0, 3, 1, 2)), np.array(cifar.targets, np.int64)
@@ -174,6 +191,49 @@ def decode(paths, shape, remedy="replace or remove it"):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Data sets kept decoded: a file of tensors, and beside it, written last, a note of what it was made from.
+
+def fingerprint(folder):
+    """A hash of the names, sizes and times of all files in a folder; None where they cannot be listed."""
+    lines = []
+    try:
+        for parent, _, names in os.walk(folder, followlinks=True):
+            for path in (Path(parent) / name for name in names):
+                about = path.stat()
+                lines.append(f"{path.relative_to(folder)} {about.st_size} {about.st_mtime_ns}")
+    except OSError:
+        return None
+    return hashlib.sha256("\n".join(sorted(lines)).encode(errors="surrogateescape")).hexdigest() if lines else None
+
+
+def read_kept(path, sources):
+    """Images and labels of a kept file, mapped into memory; None where it is missing, damaged or of other sources."""
+    try:
+        note = json.loads(path.with_suffix(".json").read_text())
+        if sources and note == {"sources": sources, "sha256": files.sha256(path)}:
+            tensors = torch.load(path, mmap=True, weights_only=True)
+            return tensors["images"], tensors["labels"]
+    except (OSError, ValueError, RuntimeError, pickle.UnpicklingError, KeyError, TypeError):
+        pass
+    return None
+
+
+def keep(path, sources, images, labels):
+    """Leave images and labels for the next time; where that fails, say so and go on."""
+    note = path.with_suffix(".json")
+    try:
+        files.clean(files.make_folder(path.parent), hours=24)       # A younger one may be another run's.
+        note.unlink(missing_ok=True)
+        with files.atomic(path) as temporary:
+            torch.save({"images": images, "labels": labels}, temporary)
+            checksum = files.sha256(temporary)
+        with files.atomic(note) as temporary:
+            temporary.write_text(json.dumps({"sources": sources, "sha256": checksum}))
+    except (UserError, OSError) as e:
+        warn(f"the decoded data set is not kept for the next time: {e}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Downloads.
 
 def fetch(name, url, md5, folder):
@@ -251,7 +311,7 @@ def batch(images, index, device, flip=None):
 def save_png(image, path):
     """Write an image (C,H,W) uint8, on the CPU, as a PNG: whole or not at all."""
     pixels = image.permute(1, 2, 0).numpy()
-    with atomic(path) as temporary:
+    with files.atomic(path) as temporary:
         Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels).save(temporary, "PNG")
 
 

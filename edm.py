@@ -103,15 +103,22 @@ def build(config, amp_dtype=None):
 def cost(config):
     """Trainable parameters of the network, and GFLOP of one training image (forward and backward).
 
-    Raises UserError as build does. Allocates nothing: the network is built on the meta device.
+    Counted are convolutions, linear layers and attention: a multiplication and an addition each in the forward pass,
+    and twice that in the backward pass. Raises UserError as build does. Allocates nothing.
     """
-    from torch.utils.flop_counter import FlopCounterMode
     with torch.device("meta"):
         edm = build(config)
-        y = torch.empty(1, *config["network"]["image_shape"])
-        with FlopCounterMode(display=False) as counter:
-            edm(y, torch.empty(1), torch.empty_like(y))[0].sum().backward()
-    return sum(p.numel() for p in edm.net.parameters()), counter.get_total_flops() / 1e9
+    net = edm.net
+    _, H, W = config["network"]["image_shape"]
+    pixels = H * W
+    products = pixels * (net.stem.weight.numel() * 2 / 3 + net.out_conv.weight.numel())     # No gradient of the images.
+    products += sum(p.numel() for p in edm.parameters() if p.ndim == 2)
+    for block in [*net.encoder, *net.middle, *net.decoder]:
+        pixels *= {"down": 1 / 4, "up": 4, None: 1}[block.resample_mode]
+        products += pixels * sum(p.numel() for p in block.parameters() if p.ndim == 4)
+        if block.attention is not None:
+            products += 2 * pixels ** 2 * block.attention.proj.weight.shape[0]      # q·k and its product with v.
+    return sum(p.numel() for p in net.parameters()), 3 * 2 * products / 1e9
 
 
 def block_widths(config):

@@ -229,19 +229,19 @@ def other_metrics(names, samples, reference, extractor):
 # The reference statistics of a training set, computed once.
 
 def reference(config, images, extractor, args, rt, keep):
-    """The Statistics of a training set, images (N,C,H,W) uint8: from data_root/fid where they are and still fit (and
+    """The Statistics of a training set, images (N,C,H,W) uint8: from cache_dir/fid where they are and still fit (and
     features need not be kept), else computed and left there."""
     about = {"dataset": config["dataset"], "split": "train", "n": len(images),
              "images_sha256": hashlib.sha256(images.numpy()).hexdigest(), "features": extractor.name,
              "weights_sha256": extractor.sha256, "version": extractor.version}
     name = f"{about['dataset']}-train-{extractor.name}" + f"-{(extractor.sha256 or '')[:8]}" * bool(extractor.sha256)
-    path = Path(config["data_root"]) / "fid" / f"{name}.npz"
-    stats = read_cache(path, about) if rt.is_main else None
+    path = Path(config["cache_dir"]) / "fid" / f"{name}.npz" if config["cache_dir"] else None
+    stats = read_cache(path, about) if rt.is_main and path else None
     known = rt.agree(stats is not None)
     if keep or not known:
         stats = compute(features.array_images(f"{config['dataset']} train", images), extractor, rt, args.batch_gpu,
                         keep)
-    if rt.is_main and not known:
+    if rt.is_main and path and not known:
         write_cache(path, stats, about)
     return stats
 

@@ -131,6 +131,7 @@ KEYS = {
     "dataset": (one_of("digits", "cifar10", "cifar100", "tinyimagenet", "folder",
                        cifar="cifar10", tiny="tinyimagenet"), REQUIRED),
     "data_root": (folder, "./data"),                        # Where the data sets lie or are downloaded to.
+    "cache_dir": (optional(folder), "./cache"),             # Decoded data sets and FID statistics; null: keep none.
     "classes": (optional(integer(1, MOST)), None),          # Number of classes; for the linear probe.
     "flip": (boolean, False),                               # Flip half of the training images left to right.
     # Network and diffusion.

@@ -392,6 +392,20 @@ def device_name(device):
     return f"CPU ({torch.get_num_threads()} threads)"
 
 
+# Dense matrix products of float16 and bfloat16 with sums in float32, in TFLOP/s, by NVIDIA's data sheets; the first
+# name that a GPU's name holds counts.
+PEAKS = {"B200": 2250, "NVL": 835, "H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "A40": 150,
+         "Tesla V100": 125, "Tesla T4": 65, "RTX 4090": 165, "RTX 3090": 71}
+
+
+def peak_flops(device):
+    """The FLOP/s of a device in mixed precision, for the share that is used of it (MFU); None where not known."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        return next((tflops * 1e12 for part, tflops in PEAKS.items() if part in name), None)
+    return None
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Seeds: all that is random is a function of (seed, what it is for), never of the process or of what came before.
 

@@ -25,6 +25,7 @@ import runtime
 from runtime import UserError
 
 GRID = 64       # Images in grid.png, at most.
+BATCH = {"cuda": 1024, "cpu": 64}       # Images made together, at most: more gives no more speed.
 
 
 def main():
@@ -42,7 +43,9 @@ def main():
         rt.print(f"{args.weights} weights of epoch {epoch}, seed {args.seed}: {len(missing):,} of {args.n_samples:,} "
                  f"images to make in {folder} ({rt.world_size} process{'es' * (rt.world_size > 1)} on "
                  f"{runtime.device_name(rt.device)})")
-        write_images(denoiser, set(missing), folder, config, args, rt)
+        if missing:
+            size = choose_batch(denoiser, folder, config, args, rt)
+            write_images(denoiser, set(missing), size, folder, config, args, rt)
         rt.barrier()
         if rt.is_main:
             finish(folder, args)
@@ -83,13 +86,14 @@ def describe(config, args, epoch):
 
 def claim(folder, config, args, epoch):
     """Note the settings in the folder. Raises UserError where what it holds was made with others."""
-    settings, note, n_samples = describe(config, args, epoch), folder / "settings.json", args.n_samples
+    settings, note, noted = describe(config, args, epoch), folder / "settings.json", {"n_samples": args.n_samples}
     if note.exists():
         try:
             made = dict(json.loads(note.read_text()))
         except (ValueError, TypeError):
             raise UserError(f"{note} is damaged: remove {folder}, or choose another folder with --out") from None
-        n_samples = max(n_samples, made["n_samples"]) if isinstance(made.get("n_samples"), int) else n_samples
+        counts = {key: made[key] for key in ("n_samples", "batch") if isinstance(made.get(key), int) and made[key] > 0}
+        noted = counts | {"n_samples": max(args.n_samples, counts.get("n_samples", 0))}
         differences = [f"{key} {made.get(key)!r} there, {value!r} here"
                        for key, value in settings.items() if made.get(key) != value]
         if differences:
@@ -100,7 +104,7 @@ def claim(folder, config, args, epoch):
                         f"choose another folder with --out")
     files.make_folder(folder / "images")
     with files.atomic(note) as temporary:
-        temporary.write_text(json.dumps(settings | {"n_samples": n_samples}, indent=1) + "\n")
+        temporary.write_text(json.dumps(settings | noted, indent=1) + "\n")
     for part in (folder, folder / "images"):
         files.clean(part)
 
@@ -115,28 +119,62 @@ def find_missing(folder, n_samples):
     return [i for i in range(n_samples) if not png(folder, i).exists()]
 
 
-def write_images(denoiser, missing, folder, config, args, rt):
-    """Sample in batches, this process's among all; threads write the PNGs while the next batch is computed.
+def choose_batch(denoiser, folder, config, args, rt):
+    """The images to make together: --batch_gpu, or what settings.json notes, or the most that fit on every GPU.
 
-    A batch is made whole where any of it is missing: rounding depends on what is computed together, so images 0..size-1
-    always are, and so on, whatever was there and however many processes share the work.
+    It is noted, as rounding depends on what is computed together.
     """
-    shape = config["network"]["image_shape"]
-    size = args.batch_gpu or (512 if rt.device.type == "cuda" else 64)
-    batches = [range(start, min(start + size, args.n_samples)) for start in range(0, args.n_samples, size)]
+    note = folder / "settings.json"
+    settings = rt.on_main(lambda: json.loads(note.read_text()))
+    size = args.batch_gpu or settings.get("batch") or BATCH[rt.device.type]
+    while not args.batch_gpu and rt.device.type == "cuda" and size > 1:
+        try:
+            with torch.no_grad():
+                x = torch.zeros(min(size, args.n_samples), *config["network"]["image_shape"], device=rt.device)
+                denoiser.denoise(x, torch.ones(len(x), device=rt.device))
+            fits = True
+        except torch.OutOfMemoryError:
+            fits = False
+        if rt.all(fits):
+            break
+        size //= 2
+        torch.compiler.reset()              # For one shape again, not for any.
+    if rt.is_main:
+        with files.atomic(note) as temporary:
+            temporary.write_text(json.dumps(settings | {"batch": size}, indent=1) + "\n")
+    return size
+
+
+def write_images(denoiser, missing, size, folder, config, args, rt):
+    """Sample in batches of `size`, this process's among all; threads write the PNGs while the next one is computed.
+
+    A batch is made whole where any of it is missing, even beyond n_samples on a GPU, where torch.compile so sees one
+    shape: rounding depends on what is computed together, so images 0..size-1 always are, and so on, whatever was there
+    and however many processes share the work.
+    """
+    shape, n = config["network"]["image_shape"], args.n_samples
+    whole = rt.device.type == "cuda" and n > size
+    batches = [range(start, start + size if whole else min(start + size, n)) for start in range(0, n, size)]
     batches = [batch for batch in batches if not missing.isdisjoint(batch)]
-    with ThreadPoolExecutor(4) as pool, rt.bar(len(missing), "img") as bar:
+    with ThreadPoolExecutor(1) as fetcher, ThreadPoolExecutor(8) as writers, rt.bar(len(missing), "img") as bar:
+        def write(batch, images):
+            images = images.cpu()           # Waits for the GPU; the main thread goes on to feed it.
+            made = [i for i in batch if i in missing]
+            list(writers.map(lambda i: data.save_png(images[i - batch.start], png(folder, i)), made))
+            return len(made)
+
+        def settle(future):
+            bar.update(min(future.result() * rt.world_size, bar.total - bar.n))
+
         writing = []
         for batch in batches[rt.rank::rt.world_size]:
             images = edm.generate(denoiser, batch, shape, rt.device, args.seed, args.steps, args.eta,
-                                  args.clip_denoised).cpu()
-            for future in writing:
-                future.result()
-            writing = [pool.submit(data.save_png, image, png(folder, i)) for i, image in zip(batch, images, strict=True)
-                       if i in missing]
-            bar.update(min(len(writing) * rt.world_size, bar.total - bar.n))
+                                  args.clip_denoised)
+            writing.append(fetcher.submit(write, batch, images))
+            if len(writing) > 1:
+                settle(writing.pop(0))
         for future in writing:
-            future.result()
+            settle(future)
 
 
 def finish(folder, args):

@@ -158,6 +158,9 @@ class Training:
             self.parameters, lr=config["lrate"], fused=True,
             **{name: value for name, value in config["optim_args"].items() if value is not None})
         self.scaler = torch.amp.GradScaler(rt.device.type, init_scale=64.0, enabled=amp_dtype == torch.float16)
+        self.taken = None       # Under it, until settle_ema(): whether the last step was taken, on its way to the CPU.
+        if rt.device.type == "cuda":
+            self.taken_is_known = torch.cuda.Event()
 
     def draw(self):
         """Noise level (B,) ~ N(0,1), noise (B,C,H,W) ~ N(0,1) and flips (B,) of the step's total batch, B images."""
@@ -199,25 +202,38 @@ class Training:
             self.loss_sum += torch.stack([loss.detach().sum(), unweighted.detach().sum()])
 
         # Step. NaN and Inf gradients become zero (EDM2); under a GradScaler the step is left out, the EMA's too.
+        self.settle_ema()
         self.scaler.unscale_(self.optimizer)
         grads = [p.grad for p in self.parameters]
         grad_norm = torch.nn.utils.get_total_norm(grads)
-        self.count_bad_steps(torch.isfinite(grad_norm))
+        finite = torch.isfinite(grad_norm)
+        self.count_bad_steps(finite)
         if self.scaler.is_enabled():
-            old_scale = self.scaler.get_scale()
             self.scaler.step(self.optimizer)
             self.scaler.update()
-            skipped = self.scaler.get_scale() < old_scale
+            self.taken = finite.to("cpu", non_blocking=True)
+            if self.rt.device.type == "cuda":
+                self.taken_is_known.record()
         else:
             for grad in grads:
                 torch.nan_to_num(grad, nan=0, posinf=0, neginf=0, out=grad)
             self.optimizer.step()
-            skipped = False
-        self.optimizer.zero_grad()
-        if not skipped:
             self.ema.update()
+        self.optimizer.zero_grad()
         self.step += 1
         return grad_norm
+
+    def settle_ema(self):
+        """Update the EMA after the last step under a GradScaler, unless that step was left out.
+
+        Called when that is needed: the GPU has work queued by then, and nothing stands still to tell the host.
+        """
+        if self.taken is not None:
+            if self.rt.device.type == "cuda":
+                self.taken_is_known.synchronize()
+            if self.taken:
+                self.ema.update()
+            self.taken = None
 
     def count_bad_steps(self, finite):
         """Count steps in a row without finite gradients, on the device; a count of MAX_BAD_STEPS stays."""
@@ -233,6 +249,7 @@ class Training:
 
     def state(self):
         """The checkpoint: plain tensors and plain values. Every process must call it."""
+        self.settle_ema()
         return {
             "network": self.edm.net.state_dict(), "uncertainty": self.edm.uncertainty.state_dict(),
             "ema": self.ema.ema_model.state_dict(), "ema_step": self.ema.step.item(),
@@ -399,6 +416,8 @@ class Meter:
 
     def __init__(self, training):
         self.training = training
+        self.gflop = edm.cost(training.config)[1]
+        self.peak = runtime.peak_flops(training.rt.device) if training.edm.amp_dtype else None
         self.pause()
 
     def pause(self):
@@ -408,14 +427,18 @@ class Meter:
     def read(self, epoch, lr, grad_norm):
         """Return the figures of the window and begin a new one. Losses are means per pixel over all processes."""
         t = self.training
+        t.settle_ema()
         n_images = (t.step - t.window) * t.config["batch_size"]
         loss, unweighted = (t.rt.all_reduce(t.loss_sum) / n_images).tolist()
         steps, seconds = t.step - self.step, time.perf_counter() - self.time
+        img_per_s = steps * t.config["batch_size"] / seconds
+        flops = img_per_s * self.gflop * 1e9 / t.rt.world_size      # Of each process, its GPU.
         figures = {
             "epoch": epoch, "Mimg": t.step * t.config["batch_size"] / 1e6,
             "loss": loss, "loss_unweighted": unweighted, "lr": lr, "grad_norm": grad_norm.item(),
             "ema_decay": t.ema.get_current_decay(),
-            "img_per_s": steps * t.config["batch_size"] / seconds, "step_time_s": seconds / steps,
+            "img_per_s": img_per_s, "step_time_s": seconds / steps, "TFLOP_per_s": flops / 1e12,
+            "MFU": flops / self.peak if self.peak else None,
             "gpu_memory_GB": torch.cuda.max_memory_allocated() / 1e9 if t.rt.device.type == "cuda" else None,
         }
         t.loss_sum.zero_()
@@ -432,6 +455,7 @@ def grid_path(config, epoch):
 def sample_grid(training, epoch, log):
     """Write n_sample EMA samples above as many real images to save_dir/grids; all processes share the work."""
     t, n = training, training.config["n_sample"]
+    t.settle_ema()
     shape = t.images.shape[1:]
     samples = torch.zeros(n, *shape, dtype=torch.uint8, device=t.rt.device)
     mine = range(t.rt.rank, n, t.rt.world_size)

@@ -75,7 +75,7 @@ def fast(config, args, folder):
     def run():
         shutil.rmtree(folder, ignore_errors=True)
         (Path(folder) / "images").mkdir(parents=True)
-        sample.write_images(model, set(range(args.n)), Path(folder), config, settings, rt)
+        sample.write_images(model, set(range(args.n)), sample.BATCH[rt.device.type], Path(folder), config, settings, rt)
     return run
 
 

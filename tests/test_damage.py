@@ -30,7 +30,7 @@ from runtime import UserError
 def config(dataset, root):
     """What data.load reads of a config."""
     shape = [3, 64, 64] if dataset == "tinyimagenet" else [3, 32, 32]
-    return {"dataset": dataset, "data_root": str(root), "network": {"image_shape": shape}}
+    return {"dataset": dataset, "data_root": str(root), "cache_dir": None, "network": {"image_shape": shape}}
 
 
 def says(dataset, root, *words, train=True):

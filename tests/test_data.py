@@ -1,5 +1,6 @@
 """Data sets: layouts, labels, order, batches, and what damaged or missing files say."""
 
+import json
 import urllib.error
 import zipfile
 
@@ -10,11 +11,12 @@ from conftest import DATA, needs_cifar10, needs_tiny
 from PIL import Image
 
 import data
+import files
 from runtime import UserError
 
 
 def config(dataset, root, shape):
-    return {"dataset": dataset, "data_root": str(root), "network": {"image_shape": shape}}
+    return {"dataset": dataset, "data_root": str(root), "cache_dir": None, "network": {"image_shape": shape}}
 
 
 def make_folder(root, sizes=((20, 20), (16, 40))):
@@ -157,6 +159,101 @@ def test_failed_download_says_what_from_where_and_how_by_hand(tmp_path, monkeypa
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Order and batches.
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Kept decoded.
+
+@pytest.fixture
+def kept(tmp_path, monkeypatch):
+    """A folder of images and a config that keeps them decoded; config["decoded"] counts how often they were decoded."""
+    found = config("folder", make_folder(tmp_path / "images", sizes=((16, 16), (16, 16))), [3, 16, 16])
+    found |= {"cache_dir": str(tmp_path / "cache"), "decoded": 0}
+    decode = data.decode
+
+    def counted(*args):
+        found["decoded"] += 1
+        return decode(*args)
+    monkeypatch.setattr(data, "decode", counted)
+    return found
+
+
+def same(a, b):
+    return all(torch.equal(x, y) and x.dtype == y.dtype for x, y in zip(a, b, strict=True))
+
+
+def test_a_data_set_is_decoded_once(kept, tmp_path):
+    first = data.load(kept)
+    assert kept["decoded"] == 1
+    assert same(first, data.load(kept)) and kept["decoded"] == 1
+    assert sorted(path.suffix for path in (tmp_path / "cache" / "data").iterdir()) == [".json", ".pt"]
+    data.load(kept | {"network": {"image_shape": [3, 8, 8]}})           # Another shape is another data set.
+    assert kept["decoded"] == 2
+    assert same(first, data.load(kept | {"cache_dir": None})) and kept["decoded"] == 3
+
+
+@pytest.mark.parametrize("change", ["another image", "a new image", "one less", "another class"])
+def test_changed_sources_are_decoded_anew(kept, tmp_path, change):
+    data.load(kept)
+    root = tmp_path / "images"
+    if change == "another image":
+        Image.new("RGB", (16, 16), (0, 255, 0)).save(root / "class0" / "0.png")
+    elif change == "a new image":
+        Image.new("RGB", (16, 16), (0, 255, 0)).save(root / "class0" / "2.png")
+    elif change == "one less":
+        (root / "class0" / "1.png").unlink()
+    else:
+        (root / "class1").rename(root / "class2")
+    again = data.load(kept)
+    assert kept["decoded"] == 2
+    assert same(again, data.load(kept | {"cache_dir": None}))
+    assert same(again, data.load(kept)) and kept["decoded"] == 3        # And that is kept.
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".json"])
+@pytest.mark.parametrize("damage", ["flip", "cut", "empty", "gone", "foreign"])
+def test_a_damaged_kept_data_set_is_decoded_anew(kept, tmp_path, suffix, damage):
+    first = data.load(kept)
+    path = next((tmp_path / "cache" / "data").glob(f"*{suffix}"))
+    content = path.read_bytes()
+    changed = {"flip": content[:40] + bytes([content[40] ^ 1]) + content[41:], "cut": content[:-9], "empty": b"",
+               "foreign": b"[1, 2]"}
+    if damage == "gone":
+        path.unlink()
+    else:
+        path.write_bytes(changed[damage])
+    assert same(first, data.load(kept)) and kept["decoded"] == 2
+    assert same(first, data.load(kept)) and kept["decoded"] == 2
+
+
+def test_a_kept_data_set_that_runs_code_is_not_loaded(kept, tmp_path):
+    """Not even with a note that fits it."""
+    class Bomb:
+        def __reduce__(self):
+            return open, (str(tmp_path / "it ran"), "w")
+
+    first = data.load(kept)
+    path, note = (next((tmp_path / "cache" / "data").glob(f"*{suffix}")) for suffix in (".pt", ".json"))
+    torch.save({"images": Bomb(), "labels": first[1]}, path)
+    note.write_text(json.dumps(json.loads(note.read_text()) | {"sha256": files.sha256(path)}))
+    assert same(first, data.load(kept)) and not (tmp_path / "it ran").exists()
+
+
+def test_a_data_set_that_cannot_be_kept(kept, tmp_path, capsys):
+    (tmp_path / "cache").write_text("a file where the folder should be")
+    first = data.load(kept)
+    assert len(first[0]) == 4 and "not kept for the next time" in capsys.readouterr().err
+
+
+@needs_cifar10
+def test_cifar10_is_kept(tmp_path):
+    given = config("cifar10", DATA, [3, 32, 32]) | {"cache_dir": str(tmp_path)}
+    for train in (True, False):
+        assert same(data.load(given, train), data.load(given, train))
+    assert len(list((tmp_path / "data").glob("cifar10-*.pt"))) == 2
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Batches and pictures.
 
 def test_order_is_a_function_of_seed_and_epoch():
     order = data.epoch_order(1000, 1, 2)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import NETS, tiny_config
+from torch.utils.flop_counter import FlopCounterMode
 
 import edm
 import options
@@ -211,3 +212,17 @@ def test_cost_of_the_32x32_network(tmp_path):
     n_parameters, gflop = edm.cost(config)
     assert n_parameters == 39_509_888
     assert gflop == pytest.approx(42.6, abs=0.3)
+
+
+@pytest.mark.parametrize("net_type", NETS)
+def test_cost_is_what_torch_counts(tmp_path, net_type):
+    """But for the gradient of the noise embedding's input, which nobody asks for."""
+    config = options.load_config(tiny_config(tmp_path, net_type, dataset="folder", network={
+        "image_shape": [3, 32, 16], "ch_mults": [1, 2, 3], "is_attn": [True, False, True], "n_blocks": 2}))
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        model = edm.build(config)
+        y = torch.empty(1, 3, 32, 16)
+        model(y, torch.empty(1), torch.empty_like(y))[0].sum().backward()
+    n_parameters, gflop = edm.cost(config)
+    assert gflop == pytest.approx(counter.get_total_flops() / 1e9, rel=1e-3)
+    assert n_parameters == sum(p.numel() for p in model.net.parameters())

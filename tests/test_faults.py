@@ -448,7 +448,7 @@ def test_scoring_killed_in_the_middle_of_a_file(trained, tmp_path):
     values = []
     for name in ("whole", "parts"):
         settings = ["--config", trained / "config.yaml", "--features", "pixels", "--images", images, "--set",
-                    f"data_root={tmp_path / name}"]
+                    f"cache_dir={tmp_path / name}"]
         if name == "parts":
             killed_writing(".digits-train-pixels.npz.", "fid.py", *settings)
             assert not list((tmp_path / name).rglob("*.npz"))
@@ -460,7 +460,7 @@ def test_scoring_killed_in_the_middle_of_a_file(trained, tmp_path):
 @pytest.mark.slow
 def test_scoring_killed_anywhere_gives_the_same_figures(trained, tmp_path):
     config = trained / "config.yaml"
-    settings = ["--config", config, "--set", f"data_root={tmp_path / 'data'}"]
+    settings = ["--config", config, "--set", f"cache_dir={tmp_path / 'cache'}"]
     succeed("sample.py", "--config", config, "--n_samples", 300)
     results = trained / "run" / "results.jsonl"
     commands = [("fid.py", *settings, "--features", "pixels"),
@@ -481,7 +481,7 @@ def test_scoring_killed_anywhere_gives_the_same_figures(trained, tmp_path):
             rows = [json.loads(line) for line in results.read_text().splitlines()]
             figures.setdefault(script, []).extend(row["value"] for row in rows if (row["figure"] == "probe")
                                                   == (script == "probe.py"))
-        shutil.rmtree(tmp_path / "data", ignore_errors=True)
+        shutil.rmtree(tmp_path / "cache", ignore_errors=True)
     print(figures, alive)
     assert sum(alive) >= 4                  # Most kills did come before the end.
     assert all(len(values) >= 2 and len(set(values)) == 1 for values in figures.values()), figures

@@ -195,7 +195,7 @@ def test_statistics_of_50000_images_need_less_than_a_gigabyte():
 def trained(tmp_path_factory):
     """A tiny digits run with samples of two epochs and two seeds, its config and save_dir."""
     folder = tmp_path_factory.mktemp("fid")
-    path = tiny_config(folder, save_every=1, data_root=str(folder / "data"))
+    path = tiny_config(folder, save_every=1)
     succeed("train.py", "--config", path)
     for args in (["--epoch", 0], ["--epoch", 1], ["--epoch", 1, "--seed", 1]):
         succeed("sample.py", "--config", path, "--n_samples", 30, *args)
@@ -213,7 +213,7 @@ def test_scores_a_run(trained):
     args = ("fid.py", "--config", path, "--features", "pixels")
     first = run(*args)
     assert first.returncode == 0 and "n = 30 and n = 1,437" in first.stderr and "1/n" in first.stderr, first.stderr
-    cache = path.parent / "data" / "fid" / "digits-train-pixels.npz"
+    cache = path.parent / "cache" / "fid" / "digits-train-pixels.npz"
     about = json.loads(str(np.load(cache)["metadata"]))
     assert (about["n"], about["split"], about["features"]) == (1437, "train", "pixels")
     written = cache.stat().st_mtime_ns
@@ -242,8 +242,8 @@ def test_two_processes_and_any_two_sets(trained, tmp_path):
     path, save_dir = trained
     values = []
     for processes in (None, 2):
-        root = tmp_path / f"data{processes}"
-        succeed("fid.py", "--config", path, "--features", "pixels", "--set", f"data_root={root}", processes=processes)
+        root = tmp_path / f"cache{processes}"
+        succeed("fid.py", "--config", path, "--features", "pixels", "--set", f"cache_dir={root}", processes=processes)
         values.append(np.load(root / "fid" / "digits-train-pixels.npz"))
     for key in ("mu", "sigma"):
         assert np.abs(values[0][key] - values[1][key]).max() < 1e-8 * np.abs(values[0][key]).max()
@@ -252,7 +252,7 @@ def test_two_processes_and_any_two_sets(trained, tmp_path):
     samples = save_dir / "samples" / "1" / "images"
     pixels = [np.asarray(Image.open(p))[..., None] for p in sorted(samples.iterdir())]
     np.savez(tmp_path / "images.npz", np.stack(pixels))
-    reference = tmp_path / "data2" / "fid" / "digits-train-pixels.npz"
+    reference = tmp_path / "cache2" / "fid" / "digits-train-pixels.npz"
     for a, b in ((samples, reference), (tmp_path / "images.npz", reference), (reference, samples.parent)):
         found = figures(succeed("fid.py", a, b, "--features", "pixels"))
         assert found["FD(pixels)"] == pytest.approx(one["value"], rel=1e-5)
@@ -262,7 +262,7 @@ def test_two_processes_and_any_two_sets(trained, tmp_path):
 
 def test_a_cache_that_does_not_match_is_computed_again(trained, tmp_path):
     path, _ = trained
-    args = ("fid.py", "--config", path, "--features", "pixels", "--set", f"data_root={tmp_path}")
+    args = ("fid.py", "--config", path, "--features", "pixels", "--set", f"cache_dir={tmp_path}")
     first = figures(succeed(*args))
     cache = tmp_path / "fid" / "digits-train-pixels.npz"
     arrays = dict(np.load(cache))

@@ -148,7 +148,7 @@ def test_accuracy_is_scikit_learns(tmp_path):
     config = options.load_config(ROOT / "config" / "cifar10" / "C.yaml", [
         "network.n_channels=16", "network.ch_mults=[1,2,4]", "network.is_attn=[false,false,false]",
         "network.n_blocks=1", "network.attn_channels_per_head=16", "flip=false",
-        "linear.blockname=out_3", f"data_root={DATA}", f"save_dir={tmp_path}"])
+        "linear.blockname=out_3", f"data_root={DATA}", f"save_dir={tmp_path}", f"cache_dir={tmp_path}"])
     pairs = probe.choose_pairs(config, arguments())
     (x, y), (x_test, y_test) = data.load(config), data.load(config, train=False)
     train = features_of(config, x[:5000], y[:5000], probe.TRAIN, pairs, passes=1)

@@ -12,6 +12,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import checkpoint
+import edm
 import files
 import logs
 import options
@@ -63,10 +64,12 @@ def test_outputs_of_a_run(trained):
     rows = metrics(trained)
     assert [row["step"] for row in rows] == [5, 10, 15, 20]
     assert set(rows[0]) == {"step", "epoch", "Mimg", "loss", "loss_unweighted", "lr", "grad_norm", "ema_decay",
-                            "img_per_s", "step_time_s", "gpu_memory_GB"}
+                            "img_per_s", "step_time_s", "TFLOP_per_s", "MFU", "gpu_memory_GB"}
     assert rows[-1]["Mimg"] == 20 * 140 / 1e6 and rows[-1]["epoch"] == 1
     assert rows[0]["lr"] == pytest.approx(1e-2) and 0 < rows[-1]["ema_decay"] < 0.99
     assert rows[-1]["loss_unweighted"] < rows[0]["loss_unweighted"]
+    flops = rows[-1]["img_per_s"] * edm.cost(options.load_config(trained.parent / "config.yaml"))[1] * 1e9
+    assert rows[-1]["TFLOP_per_s"] == pytest.approx(flops / 1e12) and rows[-1]["MFU"] is None      # Of a CPU not known.
     board = EventAccumulator(str(trained / "tensorboard"))
     board.Reload()
     assert {"loss", "loss_unweighted", "lr", "grad_norm", "ema_decay", "img_per_s", "step_time_s"} <= set(
@@ -219,7 +222,8 @@ def test_a_config_of_the_predecessor_runs_unchanged(tmp_path):
 def test_the_full_network_trains_on_cifar10(tmp_path):
     """39.5M parameters, batch 8, on the CPU: the loss is finite and falls over 30 steps."""
     out = succeed("train.py", "--config", ROOT / "config" / "cifar10" / "C.yaml", "--set", f"data_root={DATA}",
-                  "--set", f"save_dir={tmp_path}", "--set", "batch_size=8", "--set", "warm_epoch=0",
+                  "--set", f"save_dir={tmp_path}", "--set", f"cache_dir={tmp_path}", "--set", "batch_size=8",
+                  "--set", "warm_epoch=0",
                   "--set", "log_every=10", "--max_steps", "30", timeout=1200)
     assert "39,509,888 parameters, 42.6 GFLOP" in out
     losses = [row["loss_unweighted"] for row in metrics(tmp_path)]
@@ -302,6 +306,8 @@ def test_a_run_that_had_bad_steps_goes_on_exactly(tmp_path):
         whole.training_step(torch.arange(8))
     for _ in range(3):
         parts.training_step(torch.arange(8))
+    whole.settle_ema()
+    parts.settle_ema()
     assert parts.bad_steps.item() == 0 and parts.ema.step.item() == whole.ema.step.item() == 3
     assert parts.scaler.state_dict() == whole.scaler.state_dict()
     for key in ALL:
@@ -362,11 +368,13 @@ def test_grad_scaler_leaves_out_a_bad_step_and_its_ema(tmp_path):
     index = torch.arange(8)
     while t.ema.step.item() < 3:                                    # The scale finds its level.
         t.training_step(index)
+    t.settle_ema()
     poison(t, math.nan)
     before = {k: v.clone() for k, v in t.edm.net.state_dict().items()}
     average = {k: v.clone() for k, v in t.ema.ema_model.state_dict().items()}
     scale, ema_step = t.scaler.get_scale(), t.ema.step.item()
     t.training_step(index)
+    t.settle_ema()
     assert t.scaler.get_scale() == scale / 2 and t.ema.step.item() == ema_step and t.bad_steps.item() == 1
     assert all(torch.equal(before[k], v) for k, v in t.edm.net.state_dict().items())
     assert all(torch.equal(average[k], v) for k, v in t.ema.ema_model.state_dict().items())
