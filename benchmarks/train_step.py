@@ -2,6 +2,7 @@
 
     python benchmarks/train_step.py                                     # 39.5M networks; batch 8 on the CPU
     python benchmarks/train_step.py --configs digits/G --batch 64
+    python benchmarks/train_step.py --compile --profile                 # torch.compile on the CPU too: minutes at first
     python benchmarks/train_step.py --amp_dtype bfloat16 --peer         # the peer needs benchmarks/requirements.txt
 
 plain: the same mathematics as the predecessor runs it: eager, NCHW, Adam and EMA tensor by tensor, one DataLoader
@@ -34,6 +35,8 @@ def main():
     p.add_argument("--amp_dtype", choices=["float16", "bfloat16"])
     p.add_argument("--rounds", type=int, default=9)
     p.add_argument("--peer", action="store_true", help="the Karras U-Net, too")
+    p.add_argument("--compile", action="store_true", help="train.py --compile, too: on the CPU that is not the default")
+    p.add_argument("--profile", action="store_true", help="where the time of a step goes, too")
     args = p.parse_args()
     cpu = not torch.cuda.is_available()
     overrides = [f"batch_size={args.batch or 8}"] if args.batch or cpu else []
@@ -42,6 +45,8 @@ def main():
     sides = {}
     for name, config in configs.items():
         sides[f"{name}, train.py"] = (fast, config, args.amp_dtype)
+        if args.compile and cpu:
+            sides[f"{name}, train.py --compile"] = (fast, config, args.amp_dtype, True)
         sides[f"{name}, plain"] = (plain, config, args.amp_dtype)
     if args.peer:
         sides["peer"] = (peer, configs[args.configs[-1]], args.amp_dtype)
@@ -50,17 +55,19 @@ def main():
 
     print(f"`{shlex.join(['python', *sys.argv])}`, {machine()}; a matrix product reaches "
           f"{reached / 1e12:.3g} TFLOP/s\n")
+    peak = runtime.peak_flops(runtime.start().device) if args.amp_dtype else None
     print("| side | parameters | batch | step, median (s) | least to most | img/s | TFLOP/s | of a matrix product's "
-          "| peak memory (GB) | times faster than plain |\n" + "|---" * 10 + "|")
+          "| MFU | peak memory (GB) | times faster than plain |\n" + "|---" * 11 + "|")
     for side, timing in timings.items():
         name = side.partition(",")[0]
         config = configs[args.configs[-1] if name == "peer" else name]
         n_parameters, gflop = peer_cost(config) if name == "peer" else edm.cost(config)
         B, flops = config["batch_size"], gflop * 1e9 * config["batch_size"] / timing.median
         against = timings.get(f"{name}, plain")
+        faster = f"{against.median / timing.median:.2f}" if against else "-"
         print(f"| {side} | {n_parameters:,} | {B} | {timing.median:.4f} | {min(timing.seconds):.4f} to "
               f"{max(timing.seconds):.4f} | {B / timing.median:.1f} | {flops / 1e12:.3f} | {flops / reached:.1%} "
-              f"| {timing.memory:.2f} | {f'{against.median / timing.median:.2f}' if against else '-'} |")
+              f"| {f'{flops / peak:.1%}' if peak else '-'} | {timing.memory:.2f} | {faster} |")
     print("\n| train.py | data (draws, look-up) | EMA | figures, every 50 steps | together | optimizer |\n"
           + "|---" * 6 + "|")
     for name, config in configs.items():
@@ -68,7 +75,13 @@ def main():
         share = {key: statistics.median(part[key] / part["step"] for part in parts) for key in parts[0]}
         waiting = share["data"] + share["ema"] + share["figures"] / 50
         print(f"| {name} | {share['data']:.2%} | {share['ema']:.2%} | {share['figures'] / 50:.2%} | {waiting:.2%} "
-              f"| {share['optimizer']:.2%} |")
+              f"| {share['optimizer']:.2%} |", flush=True)
+    if args.profile:
+        found = {f"{name}, {way}": alternate({way: (profile, make, config, args.amp_dtype)}, 1, 1)[way].returned[0]
+                 for name, config in configs.items() for way, make in (("train.py", fast), ("plain", plain))}
+        print(f"\n| share of a step's time (s), eager | {' | '.join(found)} |\n" + "|---" * (len(found) + 1) + "|")
+        for kind in [*KINDS, "other"]:
+            print(f"| {kind} | {' | '.join(f'{shares[kind]:.3f}' for shares in found.values())} |")
 
 
 def matrix_flops(amp_dtype):
@@ -94,17 +107,17 @@ def random_images(config):
     return torch.randint(0, 256, (n, *config["network"]["image_shape"]), dtype=torch.uint8)
 
 
-def trainer(config, amp_dtype):
+def trainer(config, amp_dtype, compiled=None):
     """What train.py trains with, at its defaults."""
-    flags = SimpleNamespace(use_amp=bool(amp_dtype), amp_dtype=amp_dtype, compile=None, channels_last=True,
+    flags = SimpleNamespace(use_amp=bool(amp_dtype), amp_dtype=amp_dtype, compile=compiled, channels_last=True,
                             batch_gpu=None, max_steps=None)
     rt = runtime.start()
     return train.Training(config, flags, rt, data.to_device(random_images(config), rt.device))
 
 
-def fast(config, amp_dtype):
+def fast(config, amp_dtype, compiled=None):
     """The step of train.py."""
-    t = trainer(config, amp_dtype)
+    t = trainer(config, amp_dtype, compiled)
 
     def step():
         index = torch.randint(len(t.images), (config["batch_size"],), device=t.images.device)
@@ -244,6 +257,35 @@ def shares(config, amp_dtype):
         read(0, 0, grad_norm)
         return dict(spent)
     return step
+
+
+# What the names of PyTorch's operations (on a GPU: of its kernels) hold.
+KINDS = {
+    "convolutions": ("conv", "cudnn", "xmma", "implicit", "wgrad", "dgrad"),
+    "attention and matrix products": ("attention", "flash", "fmha", "bmm", "aten::mm", "addmm", "gemm"),
+    "dropout": ("bernoulli", "dropout"),
+    "optimizer": ("adam", "Adam"),
+    "EMA": ("lerp",),
+}
+
+
+def profile(make, config, amp_dtype):
+    """A function that makes one step and returns the seconds of each of KINDS in it."""
+    from torch.profiler import ProfilerActivity
+    step = make(config, amp_dtype)
+    cuda = torch.cuda.is_available()
+
+    def run():
+        with torch.profiler.profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as p:
+            step()
+            if cuda:
+                torch.cuda.synchronize()
+        spent = dict.fromkeys([*KINDS, "other"], 0.0)
+        for event in p.key_averages():
+            kind = next((kind for kind, words in KINDS.items() if any(word in event.key for word in words)), "other")
+            spent[kind] += (event.self_device_time_total if cuda else event.self_cpu_time_total) / 1e6
+        return spent
+    return run
 
 
 if __name__ == "__main__":

@@ -200,6 +200,15 @@ def test_the_batch_of_sampling_is_what_fits(tmp_path, monkeypatch, fits, n, note
     assert json.loads((tmp_path / "settings.json").read_text()) == {"seed": 0, "batch": size}
 
 
+@pytest.mark.parametrize(("name", "tflops"), [
+    ("NVIDIA H200", 989), ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA H100 NVL", 835),
+    ("NVIDIA A100-SXM4-40GB", 312), ("NVIDIA GeForce RTX 4090", 165), ("NVIDIA of next year", None)])
+def test_the_peak_that_mfu_is_a_share_of(monkeypatch, name, tflops):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert runtime.peak_flops(torch.device("cuda")) == (tflops and tflops * 1e12)
+    assert runtime.peak_flops(torch.device("cpu")) is None
+
+
 def test_dry_run_imports_only_what_it_needs(tmp_path):
     """What is slow to import comes when it is used: nothing of torch.compile, torchvision, scipy or scikit-learn."""
     code = ("import sys, runtime, train\nsys.argv = ['train.py', '--config', sys.argv[1], '--dry_run']\ntrain.main()\n"
