@@ -24,7 +24,7 @@ test-slow: .venv/installed-dev
 	$(BIN)/python -m pytest -n auto -m slow
 
 clean:
-	rm -rf .venv runs
+	rm -rf .venv runs cache
 
 .venv/installed: requirements.txt constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

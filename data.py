@@ -7,20 +7,21 @@ index look-up.
 import contextlib
 import fcntl
 import hashlib
-import json
 import os
 import pickle
 import shutil
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import PIL
 import torch
 from PIL import Image, ImageOps
 
 import files
+import runtime
 from runtime import UserError, warn
 
+DECODED = 1     # Version of the code that decodes: with another one, what was kept is decoded anew.
 TINY_URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
 TINY_MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
 
@@ -37,23 +38,18 @@ def load(config, train=True):
     """
     name, root = config["dataset"], Path(config["data_root"])
     shape = tuple(config["network"]["image_shape"])
-    folder = {"digits": None, "cifar10": root / "cifar-10-batches-py", "cifar100": root / "cifar-100-python",
-              "tinyimagenet": root / "tiny-imagenet-200", "folder": root}[name]
-    kept = before = None
-    if folder and config["cache_dir"]:
-        of = hashlib.sha256(f"{folder.absolute()} {shape}".encode()).hexdigest()
-        kept = Path(config["cache_dir"]) / "data" / f"{name}-{'train' if train else 'test'}-{of[:8]}.pt"
-        before = fingerprint(folder)
-        if (tensors := read_kept(kept, before)) is not None:
-            return tensors
+    split = "train" if train else "test"
+    before = sources(config, split)
+    if before and (tensors := read_kept(kept_path(config, split, before))) is not None:
+        return tensors
     if name == "folder":
         images, labels = load_folder(root, train, shape)
     else:
         images, labels = {"digits": load_digits, "cifar10": load_cifar10, "cifar100": load_cifar100,
                           "tinyimagenet": load_tinyimagenet}[name](root, train)
     images, labels = torch.from_numpy(images), torch.from_numpy(labels)
-    if kept and (after := fingerprint(folder)) and before in (None, after):     # Not changed meanwhile.
-        keep(kept, after, images, labels)
+    if (after := sources(config, split)) and before in (None, after):           # Not changed meanwhile.
+        keep(kept_path(config, split, after), images, labels)
     return images, labels
 
 
@@ -162,55 +158,99 @@ def decode(paths, shape, remedy="replace or remove it"):
 
     shape is (C,H,W) with C 1 (grayscale) or 3 (RGB). Raises UserError naming a file that is no whole image.
     """
-    C, H, W = shape
     try:
         images = np.empty((len(paths), *shape), np.uint8)
     except MemoryError:
         raise UserError(f"{len(paths)} images of shape {list(shape)} do not fit in memory: make network.image_shape "
                         f"smaller or take fewer") from None
-
-    def decode_one(i):
-        try:
-            with Image.open(paths[i]) as image:
-                if image.mode.startswith("I;16"):               # convert() would make all above 255 white.
-                    image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-                elif image.mode in ("I", "F"):
-                    raise ValueError("its pixels have 32 bits, where black and white are unknown")
-                image = image.convert("L" if C == 1 else "RGB")
-            if image.size != (W, H):
-                image = ImageOps.fit(image, (W, H), Image.Resampling.LANCZOS)
-        except Exception as e:              # Pillow raises OSError, ValueError, SyntaxError and more for damaged files.
-            raise UserError(f"{paths[i]} is not a whole image ({getattr(e, 'strerror', None) or e}): "
-                            f"{remedy}") from None
-        images[i] = np.asarray(image).reshape(H, W, C).transpose(2, 0, 1)
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for _ in pool.map(decode_one, range(len(paths))):
-            pass
+    chunks = Chunks(paths, shape, remedy)
+    loader = torch.utils.data.DataLoader(chunks, batch_size=None, collate_fn=tuple,         # Threads are not faster.
+                                         num_workers=runtime.cores() if len(paths) >= 1000 else 0)
+    for i, (part, error) in enumerate(loader):
+        if error:
+            raise UserError(error)
+        images[i * chunks.SIZE:(i + 1) * chunks.SIZE] = part
     return images
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Data sets kept decoded: a file of tensors, and beside it, written last, a note of what it was made from.
+class Chunks(torch.utils.data.Dataset):
+    """Image files in groups of SIZE: (array (n, *shape) uint8, None) each, or (None, what is wrong with a file)."""
+    SIZE = 256
 
-def fingerprint(folder):
-    """A hash of the names, sizes and times of all files in a folder; None where they cannot be listed."""
-    lines = []
+    def __init__(self, paths, shape, remedy):
+        self.paths, self.shape, self.remedy = paths, shape, remedy
+
+    def __len__(self):
+        return -(-len(self.paths) // self.SIZE)
+
+    def __getitem__(self, i):
+        if i >= len(self):
+            raise IndexError
+        part = []
+        for path in self.paths[i * self.SIZE:(i + 1) * self.SIZE]:
+            try:
+                part.append(decode_one(path, self.shape))
+            except Exception as e:          # Pillow raises OSError, ValueError, SyntaxError and more for damaged files.
+                return None, f"{path} is not a whole image ({getattr(e, 'strerror', None) or e}): {self.remedy}"
+        return np.stack(part), None
+
+
+def decode_one(path, shape):
+    """Decode an image file into an array of `shape` (C,H,W) uint8. Raises whatever is wrong with it."""
+    C, H, W = shape
+    with Image.open(path) as image:
+        if image.mode.startswith("I;16"):                       # convert() would make all above 255 white.
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        elif image.mode in ("I", "F"):
+            raise ValueError("its pixels have 32 bits, where black and white are unknown")
+        image = image.convert("L" if C == 1 else "RGB")
+    if image.size != (W, H):
+        image = ImageOps.fit(image, (W, H), Image.Resampling.LANCZOS)
+    return np.asarray(image).reshape(H, W, C).transpose(2, 0, 1)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Data sets kept decoded in cache_dir: a file of tensors whose name tells what it was made from, its SHA-256 beside it.
+
+def sources(config, split):
+    """A hash of all that decides what a data set looks like: names, sizes and times of its files, image shape, decoder.
+
+    None where nothing is to be kept, or where the files cannot be listed.
+    """
+    name, root = config["dataset"], Path(config["data_root"])
+    folders = {"digits": [], "cifar10": [root / "cifar-10-batches-py"], "cifar100": [root / "cifar-100-python"],
+               "tinyimagenet": [root / "tiny-imagenet-200"], "folder": [root]}[name]
+    if name == "folder" and (root / "train").is_dir():
+        folders = [folder for folder in (root / "train", root / "val", root / "test") if folder.is_dir()]
+    if not folders or not config["cache_dir"]:
+        return None
+    about = [f"{name} {split} {config['network']['image_shape']} {DECODED} {PIL.__version__}"]
     try:
-        for parent, _, names in os.walk(folder, followlinks=True):
-            for path in (Path(parent) / name for name in names):
-                about = path.stat()
-                lines.append(f"{path.relative_to(folder)} {about.st_size} {about.st_mtime_ns}")
+        for folder in folders:
+            about += sorted(f"{path} {status.st_size} {status.st_mtime_ns}" for path, status in walk(folder))
     except OSError:
         return None
-    return hashlib.sha256("\n".join(sorted(lines)).encode(errors="surrogateescape")).hexdigest() if lines else None
+    return hashlib.sha256("\n".join(about).encode(errors="surrogateescape")).hexdigest()
 
 
-def read_kept(path, sources):
-    """Images and labels of a kept file, mapped into memory; None where it is missing, damaged or of other sources."""
+def walk(folder, prefix=""):
+    """Yield the name within `folder` and the status of each file below it; of a link, those of what it leads to."""
+    for entry in os.scandir(folder):
+        if entry.is_dir():
+            yield from walk(entry, f"{prefix}{entry.name}/")
+        else:
+            yield prefix + entry.name, entry.stat(follow_symlinks=entry.is_file())
+
+
+def kept_path(config, split, of):
+    """The file of a data set with the hash `of`."""
+    return Path(config["cache_dir"]) / "data" / f"{config['dataset']}-{split}-{of[:16]}.pt"
+
+
+def read_kept(path):
+    """Images and labels of a kept file, mapped into memory; None where it is missing or damaged."""
     try:
-        note = json.loads(path.with_suffix(".json").read_text())
-        if sources and note == {"sources": sources, "sha256": files.sha256(path)}:
+        if path.with_suffix(".sha256").read_text() == files.sha256(path):
             tensors = torch.load(path, mmap=True, weights_only=True)
             return tensors["images"], tensors["labels"]
     except (OSError, ValueError, RuntimeError, pickle.UnpicklingError, KeyError, TypeError):
@@ -218,17 +258,16 @@ def read_kept(path, sources):
     return None
 
 
-def keep(path, sources, images, labels):
+def keep(path, images, labels):
     """Leave images and labels for the next time; where that fails, say so and go on."""
-    note = path.with_suffix(".json")
     try:
         files.clean(files.make_folder(path.parent), hours=24)       # A younger one may be another run's.
-        note.unlink(missing_ok=True)
         with files.atomic(path) as temporary:
-            torch.save({"images": images, "labels": labels}, temporary)
+            with open(temporary, "wb") as file:     # Not by its name, which would be in the file.
+                torch.save({"images": images, "labels": labels}, file)
             checksum = files.sha256(temporary)
-        with files.atomic(note) as temporary:
-            temporary.write_text(json.dumps({"sources": sources, "sha256": checksum}))
+        with files.atomic(path.with_suffix(".sha256")) as temporary:
+            temporary.write_text(checksum)
     except (UserError, OSError) as e:
         warn(f"the decoded data set is not kept for the next time: {e}")
 
@@ -301,8 +340,10 @@ def batch(images, index, device, flip=None):
 
     flip: (B,) bool on `device`, the images to flip left to right; None: none.
     """
-    x = images[index.to(images.device)].to(device).float() / 127.5 - 1
-    return x if flip is None else torch.where(flip[:, None, None, None], x.flip(-1), x)
+    x = images[index.to(images.device)].to(device)
+    if flip is not None:
+        x = torch.where(flip[:, None, None, None], x.flip(-1), x)
+    return x.float() / 127.5 - 1
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -176,7 +176,10 @@ def generate(edm, indices, image_shape, device, seed=0, n_steps=18, eta=0.0, cli
     streams = [np.random.default_rng((seed, i)) for i in indices]
 
     def noise():
-        return torch.from_numpy(np.stack([s.standard_normal(image_shape) for s in streams])).to(device)
+        x = torch.from_numpy(np.stack([s.standard_normal(image_shape) for s in streams]))
+        if torch.device(device).type == "cuda":
+            x = x.pin_memory()              # So that nobody waits until the GPU has it.
+        return x.to(device, non_blocking=True)
 
     def denoise(x, sigma):
         D_x = edm.denoise(x, sigma)

@@ -249,9 +249,9 @@ def reference(config, images, extractor, args, rt, keep):
 def read_cache(path, about):
     """Statistics from a cache file, None where there is none or, said aloud, where it is damaged or of something else.
     """
-    if not path.exists():
-        return None
     try:
+        if not path.exists():
+            return None
         arrays = features.read_npz(path)
         known = json.loads(str(arrays.get("metadata", "{}")))
         differences = [key for key in about if known.get(key) != about[key]]
@@ -259,7 +259,7 @@ def read_cache(path, about):
             return replace(read_statistics(path, arrays), name=f"{about['dataset']} train")
         reason = "it differs in " + ", ".join(f"{key} ({known.get(key)} there, {about[key]} now)"
                                               for key in differences)
-    except (UserError, ValueError, AttributeError, KeyError) as e:
+    except (UserError, OSError, ValueError, AttributeError, KeyError) as e:
         reason = str(e)
     print(f"the cached statistics {path} do not fit: {reason}; computing them again", file=sys.stderr)
     return None

@@ -222,8 +222,7 @@ def start():
     else:
         device = torch.device("cpu")
         # torchrun sets OMP_NUM_THREADS=1: share the cores that this process may use.
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        torch.set_num_threads(max(1, cores // env["local_world_size"]))
+        torch.set_num_threads(max(1, cores() // env["local_world_size"]))
     socket.setdefaulttimeout(60)        # A download from a dead network is an error, not a hang.
     store, under_torchrun = None, os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     try:
@@ -240,6 +239,11 @@ def start():
     except (RuntimeError, ValueError, KeyError) as e:
         raise UserError(f"cannot join the other processes: {e!r}"[:500]) from None
     return Runtime(**env, device=device, job=store)
+
+
+def cores():
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def meet(store, rank, world_size):
@@ -393,16 +397,17 @@ def device_name(device):
 
 
 # Dense matrix products of float16 and bfloat16 with sums in float32, in TFLOP/s, by NVIDIA's data sheets; the first
-# name that a GPU's name holds counts.
-PEAKS = {"B200": 2250, "NVL": 835, "H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "A40": 150,
-         "Tesla V100": 125, "Tesla T4": 65, "RTX 4090": 165, "RTX 3090": 71}
+# words that are in a GPU's name count.
+PEAKS = {"B200": 2250, "H200 NVL": 835, "H100 NVL": 835, "H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312,
+         "L40S": 362, "A40": 150, "Tesla V100": 125, "Tesla T4": 65, "RTX 4090": 165, "RTX 3090": 71}
 
 
 def peak_flops(device):
     """The FLOP/s of a device in mixed precision, for the share that is used of it (MFU); None where not known."""
     if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        return next((tflops * 1e12 for part, tflops in PEAKS.items() if part in name), None)
+        name = torch.cuda.get_device_name(device).replace("-", " ") + " "
+        if "Laptop" not in name:
+            return next((tflops * 1e12 for words, tflops in PEAKS.items() if f" {words} " in name), None)
     return None
 
 

@@ -25,7 +25,7 @@ import runtime
 from runtime import UserError
 
 GRID = 64       # Images in grid.png, at most.
-BATCH = {"cuda": 1024, "cpu": 64}       # Images made together, at most: more gives no more speed.
+BATCH = {"cuda": 1024, "cpu": 64}       # Images made together, at most.
 
 
 def main():
@@ -38,13 +38,14 @@ def main():
     denoiser = checkpoint.load_edm(config, epoch, args.weights, args, rt.device)
     files.check_writable(folder)
     with files.lock(folder, rt):
-        rt.on_main(claim, folder, config, args, epoch)
+        settings = rt.on_main(claim, folder, config, args, epoch)
         missing = rt.on_main(find_missing, folder, args.n_samples)
         rt.print(f"{args.weights} weights of epoch {epoch}, seed {args.seed}: {len(missing):,} of {args.n_samples:,} "
                  f"images to make in {folder} ({rt.world_size} process{'es' * (rt.world_size > 1)} on "
                  f"{runtime.device_name(rt.device)})")
         if missing:
-            size = choose_batch(denoiser, folder, config, args, rt)
+            size = choose_batch(denoiser, settings, config, args, rt)
+            rt.on_main(note_settings, folder, settings)
             write_images(denoiser, set(missing), size, folder, config, args, rt)
         rt.barrier()
         if rt.is_main:
@@ -85,15 +86,16 @@ def describe(config, args, epoch):
 
 
 def claim(folder, config, args, epoch):
-    """Note the settings in the folder. Raises UserError where what it holds was made with others."""
+    """Note the settings in the folder and return them. Raises UserError where what it holds was made with others."""
     settings, note, noted = describe(config, args, epoch), folder / "settings.json", {"n_samples": args.n_samples}
     if note.exists():
         try:
             made = dict(json.loads(note.read_text()))
         except (ValueError, TypeError):
             raise UserError(f"{note} is damaged: remove {folder}, or choose another folder with --out") from None
-        counts = {key: made[key] for key in ("n_samples", "batch") if isinstance(made.get(key), int) and made[key] > 0}
-        noted = counts | {"n_samples": max(args.n_samples, counts.get("n_samples", 0))}
+        noted = {key: value for key, value in made.items() if key in ("n_samples", "batch_cpu", "batch_cuda")
+                 and isinstance(value, int) and value > 0}
+        noted["n_samples"] = max(args.n_samples, noted.get("n_samples", 0))
         differences = [f"{key} {made.get(key)!r} there, {value!r} here"
                        for key, value in settings.items() if made.get(key) != value]
         if differences:
@@ -103,10 +105,16 @@ def claim(folder, config, args, epoch):
         raise UserError(f"{folder}/images holds files, but no settings.json says how they were made: "
                         f"choose another folder with --out")
     files.make_folder(folder / "images")
-    with files.atomic(note) as temporary:
-        temporary.write_text(json.dumps(settings | noted, indent=1) + "\n")
+    note_settings(folder, settings | noted)
     for part in (folder, folder / "images"):
         files.clean(part)
+    return settings | noted
+
+
+def note_settings(folder, settings):
+    """Write settings.json. Raises UserError where that fails."""
+    with files.atomic(folder / "settings.json") as temporary:
+        temporary.write_text(json.dumps(settings, indent=1) + "\n")
 
 
 def png(folder, i):
@@ -119,38 +127,36 @@ def find_missing(folder, n_samples):
     return [i for i in range(n_samples) if not png(folder, i).exists()]
 
 
-def choose_batch(denoiser, folder, config, args, rt):
-    """The images to make together: --batch_gpu, or what settings.json notes, or the most that fit on every GPU.
+def choose_batch(denoiser, settings, config, args, rt):
+    """The images to make together: --batch_gpu, or what `settings` say, or the most that fit on every GPU up to BATCH.
 
-    It is noted, as rounding depends on what is computed together.
+    What is chosen by itself is put into `settings`: rounding depends on what is computed together.
     """
-    note = folder / "settings.json"
-    settings = rt.on_main(lambda: json.loads(note.read_text()))
-    size = args.batch_gpu or settings.get("batch") or BATCH[rt.device.type]
-    while not args.batch_gpu and rt.device.type == "cuda" and size > 1:
-        try:
-            with torch.no_grad():
-                x = torch.zeros(min(size, args.n_samples), *config["network"]["image_shape"], device=rt.device)
-                denoiser.denoise(x, torch.ones(len(x), device=rt.device))
+    if args.batch_gpu:
+        return args.batch_gpu
+    key = f"batch_{rt.device.type}"
+    settings.setdefault(key, BATCH[rt.device.type])
+    while rt.device.type == "cuda" and settings[key] > 1:
+        try:                                # Two steps hold as much memory as 18.
+            edm.generate(denoiser, range(min(settings[key], args.n_samples)), config["network"]["image_shape"],
+                         rt.device, n_steps=2).cpu()
             fits = True
         except torch.OutOfMemoryError:
             fits = False
         if rt.all(fits):
             break
-        size //= 2
+        settings[key] //= 2
         torch.compiler.reset()              # For one shape again, not for any.
-    if rt.is_main:
-        with files.atomic(note) as temporary:
-            temporary.write_text(json.dumps(settings | {"batch": size}, indent=1) + "\n")
-    return size
+        torch.cuda.empty_cache()
+    return settings[key]
 
 
 def write_images(denoiser, missing, size, folder, config, args, rt):
     """Sample in batches of `size`, this process's among all; threads write the PNGs while the next one is computed.
 
-    A batch is made whole where any of it is missing, even beyond n_samples on a GPU, where torch.compile so sees one
-    shape: rounding depends on what is computed together, so images 0..size-1 always are, and so on, whatever was there
-    and however many processes share the work.
+    A batch is made whole where any of it is missing, whatever was there and however many processes share the work:
+    rounding depends on what is computed together. On a GPU the last one is filled up with images beyond n_samples, so
+    that torch.compile sees one shape.
     """
     shape, n = config["network"]["image_shape"], args.n_samples
     whole = rt.device.type == "cuda" and n > size

@@ -158,7 +158,7 @@ class Training:
             self.parameters, lr=config["lrate"], fused=True,
             **{name: value for name, value in config["optim_args"].items() if value is not None})
         self.scaler = torch.amp.GradScaler(rt.device.type, init_scale=64.0, enabled=amp_dtype == torch.float16)
-        self.taken = None       # Under it, until settle_ema(): whether the last step was taken, on its way to the CPU.
+        self.taken = None       # Under a GradScaler, until settle_ema(): whether the last step was taken.
         if rt.device.type == "cuda":
             self.taken_is_known = torch.cuda.Event()
 
@@ -182,6 +182,7 @@ class Training:
     def training_step(self, index):
         """One step on the images number `index`, the total batch's (B,). Return the gradient norm, a scalar tensor."""
         rt = self.rt
+        self.settle_ema()
         torch.manual_seed(runtime.mix(self.config["seed"], self.step, DROPOUT, rt.rank))
         self.edm.train()
         lr = self.learning_rate()
@@ -202,18 +203,17 @@ class Training:
             self.loss_sum += torch.stack([loss.detach().sum(), unweighted.detach().sum()])
 
         # Step. NaN and Inf gradients become zero (EDM2); under a GradScaler the step is left out, the EMA's too.
-        self.settle_ema()
         self.scaler.unscale_(self.optimizer)
         grads = [p.grad for p in self.parameters]
         grad_norm = torch.nn.utils.get_total_norm(grads)
         finite = torch.isfinite(grad_norm)
         self.count_bad_steps(finite)
         if self.scaler.is_enabled():
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
             self.taken = finite.to("cpu", non_blocking=True)
             if self.rt.device.type == "cuda":
                 self.taken_is_known.record()
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
         else:
             for grad in grads:
                 torch.nan_to_num(grad, nan=0, posinf=0, neginf=0, out=grad)
@@ -226,7 +226,8 @@ class Training:
     def settle_ema(self):
         """Update the EMA after the last step under a GradScaler, unless that step was left out.
 
-        Called when that is needed: the GPU has work queued by then, and nothing stands still to tell the host.
+        The host waits for one number, which the GPU sends before it works on the optimizer's step. The EMA is updated
+        before the next forward pass, which in E and G normalizes the weights.
         """
         if self.taken is not None:
             if self.rt.device.type == "cuda":
@@ -351,7 +352,9 @@ def run_steps(t, log, saver, bar):
         if t.step % t.config["log_every"] == 0 or t.step % t.steps_per_epoch == 0 or enough:
             figures = meter.read(epoch, lr, grad_norm)
             log.write(t.step, figures)
-            bar.set_postfix(loss=f"{figures['loss']:.4f}", img_per_s=f"{figures['img_per_s']:.0f}", refresh=False)
+            bar.set_postfix(loss=f"{figures['loss']:.4f}", img_per_s=f"{figures['img_per_s']:.0f}", refresh=False,
+                            TFLOP_per_s=f"{figures['TFLOP_per_s']:.3g}",
+                            **({"MFU": f"{figures['MFU']:.1%}"} if figures["MFU"] else {}))
             t.check_bad_steps()
         if enough:
             return
@@ -417,7 +420,8 @@ class Meter:
     def __init__(self, training):
         self.training = training
         self.gflop = edm.cost(training.config)[1]
-        self.peak = runtime.peak_flops(training.rt.device) if training.edm.amp_dtype else None
+        peak = runtime.peak_flops(training.rt.device) if training.edm.amp_dtype else None
+        self.peak = peak and peak * training.rt.world_size
         self.pause()
 
     def pause(self):
@@ -432,7 +436,7 @@ class Meter:
         loss, unweighted = (t.rt.all_reduce(t.loss_sum) / n_images).tolist()
         steps, seconds = t.step - self.step, time.perf_counter() - self.time
         img_per_s = steps * t.config["batch_size"] / seconds
-        flops = img_per_s * self.gflop * 1e9 / t.rt.world_size      # Of each process, its GPU.
+        flops = img_per_s * self.gflop * 1e9
         figures = {
             "epoch": epoch, "Mimg": t.step * t.config["batch_size"] / 1e6,
             "loss": loss, "loss_unweighted": unweighted, "lr": lr, "grad_norm": grad_norm.item(),

@@ -3,8 +3,8 @@
     python benchmarks/sample.py | tee benchmarks/results/sample.md
     python benchmarks/sample.py --n 50000 --rounds 1 --amp_dtype float16            # on a GPU
 
-Untrained networks: the time is the same. plain: eager, NCHW, weights normalized anew in every call, PNGs written
-after each batch, one by one. Both write n PNGs.
+Untrained networks: the time is the same. plain: eager, NCHW, PNGs written after each batch, one by one. Both write n
+PNGs.
 """
 
 import argparse
@@ -75,7 +75,8 @@ def fast(config, args, folder):
     def run():
         shutil.rmtree(folder, ignore_errors=True)
         (Path(folder) / "images").mkdir(parents=True)
-        sample.write_images(model, set(range(args.n)), sample.BATCH[rt.device.type], Path(folder), config, settings, rt)
+        size = sample.choose_batch(model, {}, config, settings, rt)
+        sample.write_images(model, set(range(args.n)), size, Path(folder), config, settings, rt)
     return run
 
 

@@ -31,6 +31,12 @@ class Timing:
         return statistics.median(self.seconds)
 
 
+def times_faster(timing, than):
+    """How many times faster a Timing is than another of the same run: the median of the rounds' ratios, which hardly
+    change while something slows the machine down."""
+    return statistics.median(b / a for a, b in zip(timing.seconds, than.seconds, strict=True))
+
+
 def alternate(sides, rounds, warmup=2):
     """Time the sides in turns, so that what slows the machine down for a while slows all of them.
 
@@ -38,10 +44,11 @@ def alternate(sides, rounds, warmup=2):
     `warmup` times, then timed `rounds` times. Return {name: Timing}.
     """
     context = multiprocessing.get_context("spawn")
-    pipes = {}
+    pipes, processes = {}, []
     for name, (make, *arguments) in sides.items():
         pipes[name], theirs = context.Pipe()
-        context.Process(target=serve, args=(theirs, make, arguments)).start()
+        processes.append(context.Process(target=serve, args=(theirs, make, arguments)))
+        processes[-1].start()
         theirs.close()                      # A side that dies then ends this run, too, and the other way round.
         for _ in range(1 + warmup):
             pipes[name].send(True)
@@ -57,6 +64,8 @@ def alternate(sides, rounds, warmup=2):
     for name, pipe in pipes.items():
         pipe.send(False)
         timings[name].memory = pipe.recv()
+    for process in processes:
+        process.join()
     return timings
 
 
@@ -108,7 +117,7 @@ def table(timings, against, columns):
     lines = [head, ["---"] * len(head)]
     for side, t in timings.items():
         lines.append([side, f"{t.median:.3f}", f"{min(t.seconds):.3f} to {max(t.seconds):.3f}", f"{t.memory:.2f}",
-                      *(column(t) for column in columns.values()), f"{timings[against].median / t.median:.2f}"])
+                      *(column(t) for column in columns.values()), f"{times_faster(t, timings[against]):.2f}"])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

@@ -18,7 +18,7 @@ import time
 from types import SimpleNamespace
 
 import torch
-from sides import ROOT, alternate, machine
+from sides import ROOT, alternate, machine, times_faster
 
 import data
 import edm
@@ -64,10 +64,15 @@ def main():
         n_parameters, gflop = peer_cost(config) if name == "peer" else edm.cost(config)
         B, flops = config["batch_size"], gflop * 1e9 * config["batch_size"] / timing.median
         against = timings.get(f"{name}, plain")
-        faster = f"{against.median / timing.median:.2f}" if against else "-"
+        faster = f"{times_faster(timing, against):.2f}" if against else "-"
         print(f"| {side} | {n_parameters:,} | {B} | {timing.median:.4f} | {min(timing.seconds):.4f} to "
               f"{max(timing.seconds):.4f} | {B / timing.median:.1f} | {flops / 1e12:.3f} | {flops / reached:.1%} "
               f"| {f'{flops / peak:.1%}' if peak else '-'} | {timing.memory:.2f} | {faster} |")
+    if args.peer:
+        name = args.configs[-1]
+        ours, loop = (times_faster(timings[f"{name}, {way}"], timings["peer"]) for way in ("train.py", "plain"))
+        print(f"\nTimes faster than the peer in the plain loop: {name} by train.py {ours:.2f}, in the plain loop "
+              f"{loop:.2f}")
     print("\n| train.py | data (draws, look-up) | EMA | figures, every 50 steps | together | optimizer |\n"
           + "|---" * 6 + "|")
     for name, config in configs.items():
@@ -79,7 +84,8 @@ def main():
     if args.profile:
         found = {f"{name}, {way}": alternate({way: (profile, make, config, args.amp_dtype)}, 1, 1)[way].returned[0]
                  for name, config in configs.items() for way, make in (("train.py", fast), ("plain", plain))}
-        print(f"\n| share of a step's time (s), eager | {' | '.join(found)} |\n" + "|---" * (len(found) + 1) + "|")
+        print(f"\n| seconds of a step, by name of the operation | {' | '.join(found)} |\n"
+              + "|---" * (len(found) + 1) + "|")
         for kind in [*KINDS, "other"]:
             print(f"| {kind} | {' | '.join(f'{shares[kind]:.3f}' for shares in found.values())} |")
 
@@ -153,7 +159,8 @@ def plain_loop(denoiser, config, amp_dtype):
         scaler.scale(loss.sum() * y[0].numel() / len(y)).backward()
         scaler.unscale_(optimizer)
         for p in denoiser.parameters():
-            torch.nan_to_num(p.grad, nan=0, posinf=0, neginf=0, out=p.grad)
+            if p.grad is not None:          # The peer has parameters that it does not use.
+                torch.nan_to_num(p.grad, nan=0, posinf=0, neginf=0, out=p.grad)
         scaler.step(optimizer)
         scaler.update()
         ema.update()
@@ -238,7 +245,7 @@ def shares(config, amp_dtype):
             start = time.perf_counter()
             value = function(*arguments, **named)
             wait()
-            spent[key] = spent.get(key, 0) + time.perf_counter() - start
+            spent[key] += time.perf_counter() - start
             return value
         return call
 
@@ -251,15 +258,20 @@ def shares(config, amp_dtype):
     meter = train.Meter(t)
     read = timed("figures", meter.read)
 
+    def one_step(index):
+        grad_norm = t.training_step(index)
+        t.settle_ema()
+        return grad_norm
+
     def step():
-        spent.clear()
-        grad_norm = timed("step", t.training_step)(torch.arange(config["batch_size"], device=t.images.device))
+        spent.update(dict.fromkeys(("data", "ema", "optimizer", "figures", "step"), 0.0))
+        grad_norm = timed("step", one_step)(torch.arange(config["batch_size"], device=t.images.device))
         read(0, 0, grad_norm)
         return dict(spent)
     return step
 
 
-# What the names of PyTorch's operations (on a GPU: of its kernels) hold.
+# What the names of PyTorch's operations hold; of a GPU's kernels, whose names tell less, a rough guess.
 KINDS = {
     "convolutions": ("conv", "cudnn", "xmma", "implicit", "wgrad", "dgrad"),
     "attention and matrix products": ("attention", "flash", "fmha", "bmm", "aten::mm", "addmm", "gemm"),

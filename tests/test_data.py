@@ -1,8 +1,8 @@
 """Data sets: layouts, labels, order, batches, and what damaged or missing files say."""
 
-import json
 import urllib.error
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -158,9 +158,6 @@ def test_failed_download_says_what_from_where_and_how_by_hand(tmp_path, monkeypa
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Order and batches.
-
-# ----------------------------------------------------------------------------------------------------------------------
 # Kept decoded.
 
 @pytest.fixture
@@ -185,7 +182,7 @@ def test_a_data_set_is_decoded_once(kept, tmp_path):
     first = data.load(kept)
     assert kept["decoded"] == 1
     assert same(first, data.load(kept)) and kept["decoded"] == 1
-    assert sorted(path.suffix for path in (tmp_path / "cache" / "data").iterdir()) == [".json", ".pt"]
+    assert sorted(path.suffix for path in (tmp_path / "cache" / "data").iterdir()) == [".pt", ".sha256"]
     data.load(kept | {"network": {"image_shape": [3, 8, 8]}})           # Another shape is another data set.
     assert kept["decoded"] == 2
     assert same(first, data.load(kept | {"cache_dir": None})) and kept["decoded"] == 3
@@ -209,7 +206,34 @@ def test_changed_sources_are_decoded_anew(kept, tmp_path, change):
     assert same(again, data.load(kept)) and kept["decoded"] == 3        # And that is kept.
 
 
-@pytest.mark.parametrize("suffix", [".pt", ".json"])
+def test_links_and_what_lies_beside_train(kept, tmp_path):
+    """A link that leads nowhere, or a log that grows beside train/, keeps nothing from being kept."""
+    (tmp_path / "images" / "class0" / "2.txt").symlink_to(tmp_path / "nowhere")
+    data.load(kept)
+    assert same(data.load(kept), data.load(kept)) and kept["decoded"] == 1
+    make_folder(tmp_path / "split" / "train", sizes=((16, 16), (16, 16)))
+    split = kept | {"data_root": str(tmp_path / "split")}
+    first = data.load(split)
+    (tmp_path / "split" / "log.txt").write_text("a line")
+    assert same(first, data.load(split)) and kept["decoded"] == 2
+
+
+def test_another_decoder_decodes_anew(kept, monkeypatch):
+    data.load(kept)
+    monkeypatch.setattr(data, "DECODED", data.DECODED + 1)
+    data.load(kept)
+    assert kept["decoded"] == 2
+
+
+def test_equal_data_give_equal_files(kept, tmp_path):
+    """So two runs that write them at once cannot leave one's checksum beside the other's file."""
+    data.load(kept)
+    data.load(kept | {"cache_dir": str(tmp_path / "another")})
+    one, other = (next((tmp_path / name / "data").glob("*.pt")) for name in ("cache", "another"))
+    assert one.name == other.name and one.read_bytes() == other.read_bytes()
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".sha256"])
 @pytest.mark.parametrize("damage", ["flip", "cut", "empty", "gone", "foreign"])
 def test_a_damaged_kept_data_set_is_decoded_anew(kept, tmp_path, suffix, damage):
     first = data.load(kept)
@@ -232,9 +256,9 @@ def test_a_kept_data_set_that_runs_code_is_not_loaded(kept, tmp_path):
             return open, (str(tmp_path / "it ran"), "w")
 
     first = data.load(kept)
-    path, note = (next((tmp_path / "cache" / "data").glob(f"*{suffix}")) for suffix in (".pt", ".json"))
+    path = next((tmp_path / "cache" / "data").glob("*.pt"))
     torch.save({"images": Bomb(), "labels": first[1]}, path)
-    note.write_text(json.dumps(json.loads(note.read_text()) | {"sha256": files.sha256(path)}))
+    path.with_suffix(".sha256").write_text(files.sha256(path))
     assert same(first, data.load(kept)) and not (tmp_path / "it ran").exists()
 
 
@@ -245,11 +269,13 @@ def test_a_data_set_that_cannot_be_kept(kept, tmp_path, capsys):
 
 
 @needs_cifar10
-def test_cifar10_is_kept(tmp_path):
+def test_cifar10_is_kept_and_mapped(tmp_path, monkeypatch):
     given = config("cifar10", DATA, [3, 32, 32]) | {"cache_dir": str(tmp_path)}
-    for train in (True, False):
-        assert same(data.load(given, train), data.load(given, train))
-    assert len(list((tmp_path / "data").glob("cifar10-*.pt"))) == 2
+    first = [data.load(given, train) for train in (True, False)]
+    monkeypatch.setattr(data, "load_cifar10", None)
+    again = [data.load(given, train) for train in (True, False)]
+    assert all(same(*pair) for pair in zip(first, again, strict=True))
+    assert str(next((tmp_path / "data").glob("cifar10-train-*.pt"))) in Path("/proc/self/maps").read_text()
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -55,6 +55,18 @@ def test_churned_images_do_not_depend_on_processes_and_batches(config, tmp_path)
     assert np.abs(read(tmp_path / "a", 8) - read(tmp_path / "b", 8)).max() <= 1
 
 
+def test_the_batch_that_was_chosen_is_kept(config, reference, tmp_path):
+    """Another one would change what is rounded: settings.json has it, but for what --batch_gpu said."""
+    assert json.loads((reference / "settings.json").read_text())["batch_cpu"] == 64
+    succeed("sample.py", "--config", config, "--n_samples", 2, "--out", tmp_path, "--batch_gpu", 1)
+    settings = json.loads((tmp_path / "settings.json").read_text())
+    assert "batch_cpu" not in settings and settings["n_samples"] == 2
+    (tmp_path / "settings.json").write_text(json.dumps(settings | {"batch_cpu": 3, "batch_cuda": "damaged"}))
+    succeed("sample.py", "--config", config, "--n_samples", 7, "--out", tmp_path)
+    assert json.loads((tmp_path / "settings.json").read_text()) == settings | {"batch_cpu": 3, "n_samples": 7}
+    assert np.abs(read(tmp_path, 7) - read(reference)[:7]).max() <= 1
+
+
 def test_started_again_it_makes_what_is_missing(config, tmp_path):
     command = ("sample.py", "--config", config, "--out", tmp_path)
     succeed(*command, "--n_samples", 8)
