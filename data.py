@@ -184,8 +184,6 @@ class Chunks(torch.utils.data.Dataset):
         return -(-len(self.paths) // self.SIZE)
 
     def __getitem__(self, i):
-        if i >= len(self):
-            raise IndexError
         part = []
         for path in self.paths[i * self.SIZE:(i + 1) * self.SIZE]:
             try:
@@ -227,19 +225,23 @@ def sources(config, split):
     about = [f"{name} {split} {config['network']['image_shape']} {DECODED} {PIL.__version__}"]
     try:
         for folder in folders:
-            about += sorted(f"{path} {status.st_size} {status.st_mtime_ns}" for path, status in walk(folder))
+            about += [folder.name, *sorted(listing(folder))]
     except OSError:
         return None
     return hashlib.sha256("\n".join(about).encode(errors="surrogateescape")).hexdigest()
 
 
-def walk(folder, prefix=""):
-    """Yield the name within `folder` and the status of each file below it; of a link, those of what it leads to."""
+def listing(folder, prefix=""):
+    """Yield a line for each folder and file below `folder`: its name there, of a file also size and time (of a link,
+    those of what it leads to)."""
     for entry in os.scandir(folder):
+        name = f"{prefix}{entry.name}"
         if entry.is_dir():
-            yield from walk(entry, f"{prefix}{entry.name}/")
+            yield f"{name}/"
+            yield from listing(entry, f"{name}/")
         else:
-            yield prefix + entry.name, entry.stat(follow_symlinks=entry.is_file())
+            status = entry.stat(follow_symlinks=entry.is_file())
+            yield f"{name} {status.st_size} {status.st_mtime_ns}"
 
 
 def kept_path(config, split, of):

@@ -188,7 +188,7 @@ def test_a_data_set_is_decoded_once(kept, tmp_path):
     assert same(first, data.load(kept | {"cache_dir": None})) and kept["decoded"] == 3
 
 
-@pytest.mark.parametrize("change", ["another image", "a new image", "one less", "another class"])
+@pytest.mark.parametrize("change", ["another image", "a new image", "one less", "another class", "moved"])
 def test_changed_sources_are_decoded_anew(kept, tmp_path, change):
     data.load(kept)
     root = tmp_path / "images"
@@ -198,6 +198,8 @@ def test_changed_sources_are_decoded_anew(kept, tmp_path, change):
         Image.new("RGB", (16, 16), (0, 255, 0)).save(root / "class0" / "2.png")
     elif change == "one less":
         (root / "class0" / "1.png").unlink()
+    elif change == "moved":
+        (root / "class0" / "1.png").rename(root / "class1" / "11.png")
     else:
         (root / "class1").rename(root / "class2")
     again = data.load(kept)
@@ -216,6 +218,13 @@ def test_links_and_what_lies_beside_train(kept, tmp_path):
     first = data.load(split)
     (tmp_path / "split" / "log.txt").write_text("a line")
     assert same(first, data.load(split)) and kept["decoded"] == 2
+
+
+def test_an_empty_class_is_noticed(kept, tmp_path):
+    data.load(kept)
+    (tmp_path / "images" / "class2").mkdir()
+    with pytest.raises(UserError, match="class2"):
+        data.load(kept)
 
 
 def test_another_decoder_decodes_anew(kept, monkeypatch):
