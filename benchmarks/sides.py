@@ -77,6 +77,7 @@ def serve(pipe, make, arguments):
 
 def work(pipe, make, arguments):
     """Make the function of a side, then call it as often as asked for."""
+    multiprocessing.set_start_method(None, force=True)      # For workers of its own the system's, as in the commands.
     device = runtime.start().device
     pipe.recv()
     function = make(*arguments)
