@@ -206,7 +206,7 @@ class Training:
         self.scaler.unscale_(self.optimizer)
         grads = [p.grad for p in self.parameters]
         grad_norm = torch.nn.utils.get_total_norm(grads)
-        finite = torch.isfinite(grad_norm)
+        finite = torch.isfinite(grad_norm)      # Also what a GradScaler goes by, short of gradients above 1e19.
         self.count_bad_steps(finite)
         if self.scaler.is_enabled():
             self.taken = finite.to("cpu", non_blocking=True)
