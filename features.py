@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 import files
 from runtime import UserError
@@ -143,7 +144,7 @@ class Extractor:
             self.label += f"-{self.sha256[:8]}"
         elif name == "inception":
             self.label = None
-        self.version = f"torch-fidelity {metadata.version('torch-fidelity')}"
+        self.version = f"folded, torch-fidelity {metadata.version('torch-fidelity')}"
         with rt.in_turns():                 # torch.hub fetches DINOv2's code.
             network = load_network(name, path, logits)
         self.network = network.to(self.device, memory_format=torch.channels_last)
@@ -216,7 +217,12 @@ def load_network(name, path, logits):
         if name == "inception":
             from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
             layers = ["2048", "logits_unbiased"] if logits else ["2048"]
-            return FeatureExtractorInceptionV3("inception-v3-compat", layers, feature_extractor_weights_path=str(path))
+            network = FeatureExtractorInceptionV3("inception-v3-compat", layers,
+                                                  feature_extractor_weights_path=str(path))
+            for m in network.modules():     # Batch norms of fixed statistics become part of their convolutions.
+                if hasattr(m, "conv") and hasattr(m, "bn"):
+                    m.conv, m.bn = fuse_conv_bn_eval(m.conv, m.bn), torch.nn.Identity()
+            return network
         from torch_fidelity.feature_extractor_dinov2 import FeatureExtractorDinoV2
         return FeatureExtractorDinoV2(name, ["dinov2"])
     except Exception as e:                  # The unpickler, and torch.hub for DINOv2, raise whatever they are led to.

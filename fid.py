@@ -123,7 +123,7 @@ def compute(images, extractor, rt, batch_size=None, keep=False):
     moments = Moments(widths[0], rt.device)
     kept = [torch.zeros(images.n, width) for width in widths] if keep else []
     mine = range(rt.rank, images.n, rt.world_size)
-    size = batch_size or (256 if rt.device.type == "cuda" else 32)
+    size = batch_size or (256 if rt.device.type == "cuda" else 16)
     with rt.bar(len(mine), "img", images.name[-40:], shared=True) as bar:
         done = 0
         for batch in images.batches(mine, size):

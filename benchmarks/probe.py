@@ -32,8 +32,8 @@ import probe
 import runtime
 
 # Block out_2 lies as deep as out_6 in the shipped network: up to there 35 % of the FLOPs, 30 % in that one.
-NETWORK = ["network.n_channels=16", "network.ch_mults=[1,2,4]", "network.is_attn=[false,true,false]",
-           "network.attn_channels_per_head=16", "network.n_blocks=2", "network.dropout=0", "n_epoch=1", "batch_size=64",
+NETWORK = ["network.ch_mults=[1,2,4]", "network.is_attn=[false,true,false]",
+           "network.n_blocks=2", "network.dropout=0", "n_epoch=1", "batch_size=64",
            "lrate=2e-3", "warm_epoch=0.1", "ema=0.995", "n_sample=4", "linear.blockname=out_2"]
 
 
@@ -42,13 +42,15 @@ def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--data_root", default="data")
     p.add_argument("--save_dir", help="of the network (default: a temporary folder)")
+    p.add_argument("--n_channels", type=int, default=16, help="of the network")
     p.add_argument("--n_train", type=int, default=50_000)
     p.add_argument("--n_test", type=int, default=10_000)
     p.add_argument("--passes", default="1,2,3,5")
     p.add_argument("--repeats", type=int, default=2, help="seeds of each way")
     args = p.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
-        overrides = [f"data_root={args.data_root}", f"save_dir={args.save_dir or temporary}", *NETWORK]
+        overrides = [f"data_root={args.data_root}", f"save_dir={args.save_dir or temporary}", *NETWORK,
+                     f"network.n_channels={args.n_channels}", f"network.attn_channels_per_head={args.n_channels}"]
         config = options.load_config(ROOT / "config" / "cifar10" / "C.yaml", overrides)
         if not checkpoint.epochs(config):
             flags = [word for override in overrides for word in ("--set", override)]
