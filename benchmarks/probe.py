@@ -43,6 +43,7 @@ def main():
     p.add_argument("--data_root", default="data")
     p.add_argument("--save_dir", help="of the network (default: a temporary folder)")
     p.add_argument("--n_channels", type=int, default=16, help="of the network")
+    p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override another key")
     p.add_argument("--n_train", type=int, default=50_000)
     p.add_argument("--n_test", type=int, default=10_000)
     p.add_argument("--passes", default="1,2,3,5")
@@ -50,7 +51,8 @@ def main():
     args = p.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         overrides = [f"data_root={args.data_root}", f"save_dir={args.save_dir or temporary}", *NETWORK,
-                     f"network.n_channels={args.n_channels}", f"network.attn_channels_per_head={args.n_channels}"]
+                     f"network.n_channels={args.n_channels}", f"network.attn_channels_per_head={args.n_channels}",
+                     *args.set]
         config = options.load_config(ROOT / "config" / "cifar10" / "C.yaml", overrides)
         if not checkpoint.epochs(config):
             flags = [word for override in overrides for word in ("--set", override)]
