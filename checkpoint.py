@@ -18,6 +18,7 @@ import torch
 
 import edm
 import options
+import posthoc
 from files import atomic, make_folder
 from runtime import UserError, warn
 
@@ -25,6 +26,8 @@ from runtime import UserError, warn
 KINDS = {"network": dict, "uncertainty": dict, "ema": dict, "ema_step": int, "optimizer": dict, "scaler": dict,
          "step": int, "epoch": int, "loss_sum": torch.Tensor, "window": int, "bad_steps": int, "n_images": int,
          "precision": str, "config": dict}
+SNAPSHOT_KINDS = {"step": int, "updates": int, "gammas": list, "parameters": list, "averages": list}
+YOUNGER = {"posthoc": {}}       # What those of earlier versions do not hold.
 # torch.save makes a zip file. Its zip comment is this, the CRC being that of the step, and then the SHA-256 of all that
 # stands before.
 COMMENT = b"step %015d crc32 %08x sha256 "
@@ -50,9 +53,24 @@ def latest_paths(config):
     return [folder_of(config) / "latest.pth", folder_of(config) / "latest_before.pth"]
 
 
+def snapshot_path(config, step):
+    """The file of what is kept of the averages of a post-hoc EMA after a step."""
+    return Path(config["save_dir"]) / "ema" / f"{step}.pth"
+
+
+def snapshots(config):
+    """The files of the averages that are kept."""
+    return sorted(snapshot_path(config, 0).parent.glob("*.pth"))
+
+
 def samples_folder(config, epoch, variant=""):
     """The folder of the images that sample.py makes from the checkpoint of `epoch`."""
     return Path(config["save_dir"]) / "samples" / f"{epoch}{variant}"
+
+
+def sigma_rel_suffix(sigma_rel):
+    """What the folder's name says of the length of a post-hoc EMA; nothing for None, the plain EMA."""
+    return "" if sigma_rel is None else f"_sigma_rel{sigma_rel:g}"
 
 
 def epochs(config):
@@ -159,20 +177,38 @@ def is_whole(path):
         return False
 
 
-def load(path):
-    """Read a checkpoint to the CPU. Runs no code from the file. Raises UserError naming a file that is damaged, holds
-    anything but tensors and plain values, or is none of this project."""
+def read(path, kinds, what, mmap=False):
+    """Read a checkpoint or snapshot to the CPU. Runs no code from the file. Raises UserError naming a file that is
+    damaged, holds anything but tensors and plain values, or is none of this project."""
     verify(path)
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except (OSError, MemoryError) as e:     # The content is whole, its checksum says.
         raise UserError(f"cannot read the checkpoint {path}: {e}") from None
     except Exception:                       # Whatever the file leads the unpickler to.
         raise UserError(f"the checkpoint {path} is refused: it holds more than tensors and plain values") from None
-    if not isinstance(state, dict) or any(not isinstance(state.get(key), kind) for key, kind in KINDS.items()):
-        raise UserError(f"{path} is not a checkpoint of this project")
+    if not isinstance(state, dict) or any(not isinstance(state.get(key), kind) for key, kind in kinds.items()):
+        raise UserError(f"{path} is not a {what} of this project")
+    return state
+
+
+def load(path):
+    """Read a checkpoint to the CPU, as read() does."""
+    state = YOUNGER | read(path, KINDS, "checkpoint")
     state["config"] = options.check_keys(state["config"], options.KEYS)     # Keys that are younger than the file.
     return state
+
+
+def load_snapshots(config, step):
+    """The snapshots for post-hoc EMA before `step`, mapped into memory; damaged ones are named and left out."""
+    found = []
+    for path in snapshots(config):
+        try:
+            if path.stem.isdecimal() and int(path.stem) < step:
+                found.append(read(path, SNAPSHOT_KINDS, "snapshot", mmap=True))
+        except Damaged as e:
+            warn(f"{e}: left out")
+    return found
 
 
 def newest(config):
@@ -205,7 +241,7 @@ def newest(config):
 
 def set_aside(config, step):
     """Rename the checkpoints after `step` to *.old: a run that goes on from an earlier one makes its own."""
-    for path in [path_of(config, epoch) for epoch in epochs(config)] + latest_paths(config):
+    for path in [path_of(config, epoch) for epoch in epochs(config)] + latest_paths(config) + snapshots(config):
         if path.exists() and step_in(path) > step:
             warn(f"{path} is of a later step than {step}: renamed to {path.name}.old")
             path.replace(path.with_name(path.name + ".old"))
@@ -247,7 +283,7 @@ class Saver:
         return self.writing is None
 
     def save(self, state, path):
-        """Begin to write a state to model_{epoch}.pth or latest.pth; waits for a save that is still under way."""
+        """Begin to write a state to model_{epoch}.pth, latest.pth or a snapshot; waits for a save that is under way."""
         if self.log.active and self.config["save_model"]:
             self.finish()
             self.log.flush()                # No checkpoint is newer than metrics.jsonl.
@@ -263,7 +299,8 @@ class Saver:
                 self.failed(state["step"], f"no memory for a copy of what {path} is to hold: {e}")
                 return
             self.writing = self.thread.submit(self.write, copy, path), state["step"]
-            self.next_save = time.monotonic() + 60 * self.minutes
+            if path != snapshot_path(self.config, state["step"]):       # Which no run can go on from.
+                self.next_save = time.monotonic() + 60 * self.minutes
 
     def write(self, state, path):
         """In the thread: write the copy of a state; the latest.pth until now becomes latest_before.pth."""
@@ -352,13 +389,17 @@ def restore(module, state_dict):
     module.load_state_dict(state_dict)
 
 
-def load_edm(config, epoch, weights, args, device):
-    """The EDM for sampling and features, with the "ema" or "model" weights of a checkpoint and the precision, memory
-    layout and compilation that the command line says. Raises UserError as load, check_same_network and restore do."""
+def load_edm(config, epoch, weights, args, device, sigma_rel=None):
+    """The EDM for sampling and features, with the "ema" or "model" weights of a checkpoint, or a post-hoc EMA of length
+    sigma_rel, and the precision, memory layout and compilation that the command line says.
+    Raises UserError as load, check_same_network, restore and posthoc.reconstruct do."""
     state = load(path_of(config, epoch))
     check_same_network(config, state["config"])
     denoiser = edm.build(config, options.amp_dtype(args))
-    restore(denoiser.net, state["ema" if weights == "ema" else "network"])
+    if sigma_rel is not None:
+        restore(denoiser.net, posthoc.reconstruct(state, load_snapshots(config, state["step"]), sigma_rel))
+    else:
+        restore(denoiser.net, state["ema" if weights == "ema" else "network"])
     denoiser.to(device).eval().requires_grad_(False)
     if args.channels_last:
         denoiser.to(memory_format=torch.channels_last)

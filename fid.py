@@ -52,6 +52,7 @@ def parse_arguments():
     p.add_argument("paths", nargs="*", metavar="A B", help="without --config: the two sets to compare")
     p.add_argument("--epoch", type=options.epochs, help="checkpoints, such as 500,1000, or all (default: the newest)")
     p.add_argument("--repeat", type=count, default=1, help="sets of samples, of seeds 0, 1, ... (default: 1)")
+    options.sigma_rel_flag(p)
     p.add_argument("--images", metavar="DIR", help="score this folder of sample.py, made with other flags or --out")
     p.add_argument("--n_samples", type=count, help="images of a set at most (default: 50000; of A and B: all)")
     p.add_argument("--features", choices=[*features.WEIGHTS, "pixels"], default="inception")
@@ -65,12 +66,12 @@ def parse_arguments():
         p.error("say --config YAML, or two sets A B")
     if "is" in args.metrics and args.features != "inception":
         p.error("the Inception score (is) needs --features inception")
-    if args.images and (args.epoch or args.repeat > 1):
-        p.error("--images says which samples: leave out --epoch and --repeat")
+    if args.images and (args.epoch or args.repeat > 1 or args.sigma_rel):
+        p.error("--images says which samples: leave out --epoch, --repeat and --sigma_rel")
     if args.features == "pixels" and (args.weights or args.weights_sha256):
         p.error("--features pixels has no weights")
-    if args.paths and (args.set or args.epoch or args.images or args.repeat > 1):
-        p.error("--set, --epoch, --repeat and --images need --config")
+    if args.paths and (args.set or args.epoch or args.images or args.repeat > 1 or args.sigma_rel):
+        p.error("--set, --epoch, --repeat, --sigma_rel and --images need --config")
     return args
 
 
@@ -346,9 +347,10 @@ def find_sets(config, args):
         if path.exists():
             check_origin(config, args.images, settings, path)
         return [(settings["epoch"], [args.images])]
+    length = checkpoint.sigma_rel_suffix(args.sigma_rel)
     epochs = [checkpoint.find(config, epoch) for epoch in args.epoch or [None]] if args.epoch != "all" else []
     for epoch in checkpoint.epochs(config) if args.epoch == "all" else []:
-        if checkpoint.samples_folder(config, epoch).is_dir():
+        if checkpoint.samples_folder(config, epoch, length).is_dir():
             epochs.append(epoch)
         else:
             print(f"epoch {epoch} is left out: no samples", file=sys.stderr)
@@ -356,10 +358,11 @@ def find_sets(config, args):
     for epoch in dict.fromkeys(epochs or [checkpoint.find(config)]):
         folders, n = [], args.n_samples
         for seed in range(args.repeat):
-            folder = checkpoint.samples_folder(config, epoch, f"_seed{seed}" * (seed > 0))
+            folder = checkpoint.samples_folder(config, epoch, length + f"_seed{seed}" * (seed > 0))
             settings, images = read_settings(folder), features.image_files(folder / "images")
             wanted = n or settings.get("n_samples")         # As many as sample.py was to make, of every seed.
             command = ["python", "sample.py", "--config", args.config, "--epoch", str(epoch)]
+            command += ["--sigma_rel", f"{args.sigma_rel:g}"] * (args.sigma_rel is not None)
             command += ["--seed", str(seed)] * (seed > 0) + [word for item in args.set for word in ("--set", item)]
             command += ["--n_samples", str(wanted)] * (wanted not in (None, runtime.FULL))
             if not settings or not images:
@@ -402,7 +405,8 @@ def report(config, epoch, folders, values, n, n_reference, extractor, seconds, r
                 "seeds": [read_settings(folder).get("seed") for folder in folders], "epoch": epoch,
                 "Mimg": logs.seen_mimg(config, epoch, n_reference),
                 "features": extractor.name, "weights_sha256": extractor.sha256, "features_version": extractor.version,
-                "sampling": {key: made.get(key) for key in ("weights", "steps", "eta", "clip_denoised", "precision")},
+                "sampling": {key: made.get(key) for key in ("weights", "sigma_rel", "steps", "eta", "clip_denoised",
+                                                             "precision")},
                 "seconds": round(seconds, 2)}
         if len(found) > 1:
             line |= {"values": found, "mean": statistics.mean(found)}

@@ -95,7 +95,8 @@ def record(config, results, device):
 
 
 class Log:
-    """Figures of a run: one JSON line each in save_dir/metrics.jsonl, and TensorBoard in save_dir/tensorboard.
+    """Figures of a run: one JSON line each in save_dir/metrics.jsonl, training dynamics in dynamics.jsonl beside it,
+    and both in TensorBoard, in save_dir/tensorboard.
 
     A run that goes on from `step` drops what comes after it. What a full disk does not take is kept and written later.
     Active in the main process alone.
@@ -105,11 +106,13 @@ class Log:
         self.active, self.failures, self.full = active, [], set()       # What could not be written; where now.
         if not active:
             return
-        self.path = Path(save_dir) / "metrics.jsonl"
-        kept = [line.rstrip("\n") + "\n" for line in self.path.read_text(errors="replace").splitlines(keepends=True)
-                if step_of(line) <= step] if self.path.exists() else []
-        with atomic(self.path) as temporary:
-            temporary.write_text("".join(kept))
+        self.path, self.dynamics_path = (Path(save_dir) / name for name in ("metrics.jsonl", "dynamics.jsonl"))
+        for path in (self.path, self.dynamics_path):
+            kept = [line.rstrip("\n") + "\n" for line in path.read_text(errors="replace").splitlines(keepends=True)
+                    if step_of(line) <= step] if path.exists() else []
+            if kept or path.exists() or path == self.path:
+                with atomic(path) as temporary:
+                    temporary.write_text("".join(kept))
         self.board = events_path(Path(save_dir) / "tensorboard")
         start = event(step + 1, session_log=SessionLog(status=SessionLog.START))    # What is later in others is void.
         self.step = step
@@ -124,6 +127,25 @@ class Log:
             self.pending[self.path] += json.dumps({"step": step, **plain}).encode() + b"\n"
             self.pending[self.board] += scalars(step, figures)
             self.flush()
+
+    def dynamics(self, step, record):
+        """Write a record of dynamics.Recorder at a step."""
+        if self.active:
+            self.step = step
+            self.pending[self.dynamics_path] = (self.pending.get(self.dynamics_path, b"")
+                                                + json.dumps({"step": step, **record}).encode() + b"\n")
+            for kind in ("activation", "weight", "gradient", "update"):
+                for group, values in record[kind].items():
+                    place, _, size = group.partition(" ")
+                    self.pending[self.board] += scalars(step, {
+                        "_".join(filter(None, [f"dynamics_{place}/{kind}", size, name])): value
+                        for name, value in values.items()})
+            self.flush()
+
+    def holds(self, step, name):
+        """Whether metrics.jsonl holds a figure of that name at a step."""
+        lines = self.path.read_text(errors="replace").splitlines() if self.active and self.path.exists() else []
+        return any(step_of(line) == step and name in json.loads(line) for line in lines)
 
     def image(self, step, name, image):
         """Show an image (C,H,W) uint8 in TensorBoard."""

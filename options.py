@@ -121,6 +121,7 @@ def optional(check):
 REQUIRED = object()
 MOST = 10**9        # Of what can be counted or measured: no run comes near it, and no arithmetic breaks below it.
 MAX_LEVELS = 8
+SIGMA_REL = 0.01, 0.28      # Of an EMA; what is longer than 0.289 is none of power functions.
 MAX_WIDTH = 8192    # Channels of a level.
 
 # Image shapes (C,H,W) of the data sets that have only one.
@@ -172,6 +173,19 @@ KEYS = {
     "ema": (fraction, 0.9993),
     "seed": (integer(0, 2**62), 0),
     "load_epoch": (integer(-1, MOST), -1),                  # Go on from this checkpoint; -1: from the newest, if any.
+    # Measured on the way.
+    "dynamics_every": (optional(integer(0, MOST)), None),   # Steps between records; null: 200 over the run; 0: none.
+    "eval_every": (optional(integer(1, MOST)), None),       # Epochs between evaluations of the EMA; null: none.
+    "eval": {
+        "images": (optional(integer(1, MOST)), None),       # Test images of the held-out loss; null: all.
+        "fid": (integer(0, MOST), 0),                       # Samples of an FID; 0: none.
+        "features": (one_of("inception", "dinov2-vit-b-14", "pixels"), "inception"),        # Its features.
+        "probe": (boolean, False),                          # A linear probe, as `linear` says.
+    },
+    "posthoc_ema": {
+        "sigma_rels": (list_of(number(*SIGMA_REL), 0, 8), []),     # Relative lengths that are tracked; []: none.
+        "snapshots": (integer(2, 10000), 64),               # Of each, kept over the run.
+    },
     # Output.
     "save_dir": (folder, REQUIRED),
     "save_model": (boolean, True),
@@ -253,6 +267,12 @@ def check_together(config):
         raise UserError(f"network.image_shape {shape} cannot be halved {levels - 1} times, "
                         f"as the {levels} levels of network.ch_mults need")
     check_widths(network, config["net_type"])
+    sigma_rels = config["posthoc_ema"]["sigma_rels"]
+    if len(sigma_rels) == 1 or len(set(sigma_rels)) < len(sigma_rels):
+        raise UserError(f"posthoc_ema.sigma_rels {sigma_rels}: other lengths are reconstructed from two or more "
+                        f"different ones, such as [0.05, 0.10]")
+    if config["eval"]["fid"] == 1:
+        raise UserError("eval.fid is the number of samples: one has no covariance")
     if diffusion["sigma_min"] >= diffusion["sigma_max"]:
         raise UserError("diffusion.sigma_min must be below diffusion.sigma_max")
 
@@ -388,6 +408,12 @@ def parser(docstring, config_required=True):
     p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the YAML")
     p.add_argument("--batch_gpu", type=argument(integer(1)), metavar="N", help="images per process and pass at most")
     return p
+
+
+def sigma_rel_flag(p):
+    """Add the flag of the commands that use an EMA."""
+    p.add_argument("--sigma_rel", type=argument(number(*SIGMA_REL)), metavar="S",
+                   help="the EMA of this relative length, put together from what posthoc_ema has kept")
 
 
 def network_flags(p):

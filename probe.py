@@ -64,6 +64,7 @@ def parse_arguments():
     p.add_argument("--timesteps", type=options.span(1, 18),
                    help="noise levels of 1-18, such as 3-5 (default: linear.timestep)")
     p.add_argument("--blocks", help="decoder blocks, such as out_5,out_6, or all (default: linear.blockname)")
+    options.sigma_rel_flag(p)
     p.add_argument("--passes", type=count, default=5,
                    help="draws of noise and flips whose features are kept; the epochs take turns on them (default: 5)")
     p.add_argument("--seed", type=options.argument(options.integer(0)), default=0, help="of noise, flips, order, heads")
@@ -72,7 +73,7 @@ def parse_arguments():
 
 def probe_checkpoint(config, args, epoch, sets, pairs, classes, rt):
     """The accuracy in per cent of each Pair at a checkpoint. sets: images and labels to TRAIN and to TEST on."""
-    denoiser = checkpoint.load_edm(config, epoch, "ema", args, rt.device)
+    denoiser = checkpoint.load_edm(config, epoch, "ema", args, rt.device, args.sigma_rel)
     train, test = (extract(denoiser, *sets[kind], pairs, n_passes, kind, config, args, rt)
                    for kind, n_passes in ((TRAIN, args.passes), (TEST, 1)))
     return probe(train, test, pairs, classes, config["linear"], args.seed, rt)
@@ -279,10 +280,12 @@ def epoch_batches(train, batch_size, seed, epoch):
 def report(config, args, epoch, pairs, accuracy, n_train, n_test, seconds, rt):
     """Print the accuracies, append them to results.jsonl; of several pairs a table and a heat map, the best named."""
     best = max(range(len(pairs)), key=accuracy.__getitem__)
-    lines = [(f"probe t={pair.timestep} {pair.block} (%)", {
+    length = f" sigma_rel={args.sigma_rel:g}" if args.sigma_rel else ""
+    lines = [(f"probe t={pair.timestep} {pair.block}{length} (%)", {
         "figure": "probe", "value": value, "n": n_test, "n_reference": n_train, "seeds": [args.seed], "epoch": epoch,
         "Mimg": logs.seen_mimg(config, epoch, n_train), "features": pair.block, "timestep": pair.timestep,
         "sigma": pair.sigma, "width": pair.width, "passes": args.passes, "linear": config["linear"], "weights": "ema",
+        "sigma_rel": args.sigma_rel,
         "precision": options.precision(args), "seconds": round(seconds, 2)})
         for pair, value in zip(pairs, accuracy, strict=True)]
     logs.record(config, lines, rt.device)
@@ -294,7 +297,7 @@ def report(config, args, epoch, pairs, accuracy, n_train, n_test, seconds, rt):
                          "|---" * (len(timesteps) + 1) + "|",
                          *(f"| {block} | " + " | ".join(f"{value:.2f}" for value in values) + " |"
                            for block, values in zip(blocks, table, strict=True))]))
-        path = Path(config["save_dir"]) / f"probe_{epoch}.png"
+        path = Path(config["save_dir"]) / f"probe_{epoch}{checkpoint.sigma_rel_suffix(args.sigma_rel)}.png"
         sigmas = list(dict.fromkeys(pair.sigma for pair in pairs))
         heat_map(path, table, timesteps, sigmas, blocks,
                  f"{config['dataset']}, Config {config['net_type'][-1]}, epoch {epoch}\n"
@@ -303,7 +306,7 @@ def report(config, args, epoch, pairs, accuracy, n_train, n_test, seconds, rt):
         print(f"heat map: {path}")
     pair = pairs[best]
     print(f"{'best ' * (len(pairs) > 1)}probe accuracy {accuracy[best]:.2f} %: epoch {epoch}, t={pair.timestep} "
-          f"(sigma {pair.sigma:.4g}), {pair.block} ({pair.width} features), {n_test:,} test images")
+          f"(sigma {pair.sigma:.4g}), {pair.block} ({pair.width} features){length}, {n_test:,} test images")
 
 
 def heat_map(path, table, timesteps, sigmas, blocks, title):

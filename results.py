@@ -2,6 +2,8 @@
 
 Some runs:            python results.py runs/cifar10/C runs/cifar10/E
 All that lie in runs: python results.py
+Training dynamics:    python results.py --dynamics runs/cifar10/C runs/cifar10/E runs/cifar10/G
+A score by the length of the EMA (sample.py, fid.py, probe.py --sigma_rel): python results.py --ema runs/cifar10/G
 """
 
 import argparse
@@ -16,15 +18,30 @@ from runtime import UserError
 
 NAMES = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "tinyimagenet": "Tiny ImageNet", "digits": "digits",
          "folder": "folder"}
-STANDARD = {"weights": "ema", "steps": 18, "eta": 0, "clip_denoised": False}    # The samples that the table compares.
+# The samples that the table compares.
+STANDARD = {"weights": "ema", "sigma_rel": None, "steps": 18, "eta": 0, "clip_denoised": False}
 
 
 def main():
     """Parse the command line, print the table, draw the curves."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("runs", nargs="*", metavar="RUN", help="save_dir of a run, or a folder of several (default: ./runs)")
-    p.add_argument("--out", default="results.png", metavar="PNG", help="the curves (default: results.png)")
+    p.add_argument("--out", metavar="PNG", help="the curves (default: results.png, dynamics.png or ema.png)")
+    what = p.add_mutually_exclusive_group()
+    what.add_argument("--dynamics", nargs="+", metavar="RUN", help="draw how large activations, weights, updates were")
+    what.add_argument("--ema", metavar="RUN", help="draw a run's scores against the relative length of its EMA")
+    p.add_argument("--figure", help="with --ema: the score, such as FID or probe (default: all)")
     args = p.parse_args()
+    if args.runs and (args.dynamics or args.ema):
+        p.error("name the runs after --dynamics or --ema alone")
+    if args.figure and not args.ema:
+        p.error("--figure needs --ema")
+    if args.dynamics:
+        save_figure(draw_dynamics(list(dict.fromkeys(args.dynamics))), args.out or "dynamics.png")
+        return
+    if args.ema:
+        save_figure(draw_ema(args.ema, args.figure), args.out or "ema.png")
+        return
     runs = []
     for folder in args.runs or ["runs"]:
         below = sorted(str(path.parent) for path in Path(folder).rglob("results.jsonl"))
@@ -37,16 +54,16 @@ def main():
     if not figures:
         raise UserError(f"{', '.join(results)}: no FID and no probe accuracy there yet")
     print(table(results, figures))
-    draw(results, figures, args.out)
-    print(f"\ncurves: {args.out}")
+    print()
+    save_figure(draw(results, figures), args.out or "results.png")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Reading.
 
-def read(run):
-    """The results of a run, the later of two of the same thing. Raises UserError where there are none; says how many
-    lines are damaged and left out."""
+def read(run, standard=STANDARD):
+    """The results of a run with the `standard` sampling settings, the later of two of the same thing. Raises UserError
+    where there are none; says which lines are left out."""
     path = Path(run) / "results.jsonl"
     try:
         rows = path.read_text(errors="replace").splitlines()
@@ -57,10 +74,11 @@ def read(run):
         try:
             line = json.loads(row)
             key = (line["figure"], line["epoch"], line["n"], line["features"], line.get("timestep"),
-                   json.dumps([line["seeds"], line.get("sampling")]))
-            if any((line.get("sampling") or {}).get(name, value) != value for name, value in STANDARD.items()):
+                   json.dumps([line["seeds"], line.get("sampling"), line.get("sigma_rel")]))
+            sampling = line.get("sampling") or {name: line.get(name) for name in ("weights", "sigma_rel")}
+            if any(sampling.get(name, value) != value for name, value in standard.items()):
                 print(f"{path}: left out, of other sampling settings: {line['figure']} {line['value']:.6g} @ "
-                      f"{line['epoch']}, {line['sampling']}", file=sys.stderr)
+                      f"{line['epoch']}, {sampling}", file=sys.stderr)
                 continue
             if all(math.isfinite(line[name]) for name in ("value", "Mimg", "epoch", "n")):
                 found[key] = line | {"config": line["net_type"][-1], "dataset": str(line["dataset"])}
@@ -149,8 +167,8 @@ def cell(lines, remark, figure):
     return f"{best['value']:.2f} @ {best['epoch']}" + f" ({remark})" * bool(remark)
 
 
-def draw(results, figures, out):
-    """Draw each figure against the training images seen, in Mimg, a line per run, as a PNG."""
+def draw(results, figures):
+    """Draw each figure against the training images seen, in Mimg, a line per run. Return a matplotlib Figure."""
     from matplotlib.figure import Figure  # Slow to import: only where it is used.
     labels = [f"{NAMES.get(lines[-1]['dataset'], lines[-1]['dataset'])} {lines[-1]['config']}"
               for lines in results.values()]
@@ -169,9 +187,115 @@ def draw(results, figures, out):
         axes.set_ylabel(f"{name}, less is better" if is_distance(name) else "test accuracy (%), more is better")
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
+    return figure
+
+
+def save_figure(figure, out):
+    """Write a matplotlib Figure as a PNG and say where."""
     files.check_writable(Path(out).parent)
     with files.atomic(out) as temporary:
         figure.savefig(temporary, format="png")
+    print(f"curves: {out}")
+
+
+def draw_ema(run, name=None):
+    """Draw the scores of a run's newest scored epoch against the relative length of its EMA, or just the score `name`.
+
+    Raises UserError where none was made with --sigma_rel, or there is none of that name.
+    """
+    from matplotlib.figure import Figure
+    standard = {key: value for key, value in STANDARD.items() if key != "sigma_rel"}
+    curves = {}                             # {figure: {epoch: {sigma_rel: value}}}
+    for line in read(run, standard):
+        length = (line.get("sampling") or line).get("sigma_rel")
+        if length is not None:
+            kind = line["figure"] + f" t={line.get('timestep')} {line['features']}" * (line["figure"] == "probe")
+            curves.setdefault((line["figure"], kind), {}).setdefault(line["epoch"], {})[length] = line["value"]
+    if not curves:
+        raise UserError(f"{run}/results.jsonl holds no scores by EMA length: make some with sample.py and fid.py, or "
+                        f"probe.py, --sigma_rel 0.05, 0.10, ...")
+    chosen = {kind: by_epoch for (figure, kind), by_epoch in curves.items() if name in (None, figure)}
+    if not chosen:
+        raise UserError(f"--figure {name}: {run} has no such score by EMA length; it has "
+                        f"{', '.join(sorted({figure for figure, _ in curves}))}")
+    figure = Figure(figsize=(5 * len(chosen), 4.2), layout="constrained", dpi=150)
+    for axes, (kind, by_epoch) in zip(figure.subplots(1, len(chosen), squeeze=False)[0], chosen.items(), strict=True):
+        for epoch, values in sorted(by_epoch.items()):
+            axes.plot(sorted(values), [values[length] for length in sorted(values)], "o-", label=f"epoch {epoch}")
+        axes.set_title(f"{run}: {kind}")
+        axes.set_xlabel("relative EMA length, sigma_rel")
+        axes.set_ylabel(f"{kind}, less is better" if is_distance(kind) else f"{kind}, more is better")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    return figure
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Training dynamics.
+
+ROWS = {"activation": "activations (RMS)", "weight": "weights (RMS)", "update": "update / weight (RMS)"}
+
+
+def draw_dynamics(runs):
+    """Draw what dynamics.Recorder left: a column per run, a row per kind, a line per part and resolution; log scale.
+
+    Raises UserError for a run without records, and for runs of different data sets.
+    """
+    from matplotlib.figure import Figure
+    records = {run: read_dynamics(run) for run in runs}
+    datasets = {run: found[-1]["dataset"] for run, found in records.items()}
+    if len(set(datasets.values())) > 1:
+        raise UserError("--dynamics compares runs of the same data, but "
+                        + ", ".join(f"{run} is of {dataset}" for run, dataset in datasets.items()))
+    sizes = sorted({group.partition(" ")[2] for found in records.values() for line in found for kind in ROWS
+                    for group in line[kind]} - {""}, key=lambda size: -int(size.partition("x")[0]))
+    figure = Figure(figsize=(4.2 * len(runs) + 1.8, 8.4), layout="constrained", dpi=150)
+    panels = figure.subplots(len(ROWS), len(runs), squeeze=False, sharey="row", sharex=True)
+    shown = {}
+    for column, (run, found) in enumerate(records.items()):
+        for axes, (kind, title) in zip(panels[:, column], ROWS.items(), strict=True):
+            for group in dict.fromkeys(group for line in found for group in line[kind]):
+                place, _, size = group.partition(" ")
+                style = {"color": f"C{sizes.index(size)}" if size else "0.4",
+                         "linestyle": "--" if place == "decoder" else ":" if place == "embedding" else "-"}
+                points = [(line["Mimg"], mean(line[kind].get(group, {}).values())) for line in found]
+                shown[group], = axes.plot(*zip(*points, strict=True), linewidth=1.6, **style)
+            axes.set_yscale("log")
+            axes.grid(alpha=0.3, which="both")
+            if column == 0:
+                axes.set_ylabel(title, fontsize=12)
+        panels[0, column].set_title(f"Config {found[-1]['net_type'][-1]} ({run})", fontsize=12)
+        panels[-1, column].set_xlabel("training images seen (millions)", fontsize=11)
+    figure.suptitle(f"Training dynamics on {NAMES.get(datasets[runs[0]], datasets[runs[0]])}: mean over the layers",
+                    fontsize=13)
+    figure.legend(shown.values(), shown, loc="outside right center", fontsize=11)
+    return figure
+
+
+def read_dynamics(run):
+    """The records of a run's dynamics.jsonl. Raises UserError where there are none."""
+    path, found = Path(run) / "dynamics.jsonl", []
+    try:
+        rows = path.read_text(errors="replace").splitlines()
+    except OSError as e:
+        raise UserError(f"cannot read {path}: {e.strerror}; train the run with dynamics_every other than 0") from None
+    for row in rows:
+        try:
+            line = json.loads(row)
+            if not all(isinstance(line[kind], dict) for kind in ROWS) or not math.isfinite(line["Mimg"]):
+                raise ValueError
+            found.append({"dataset": line["dataset"], "net_type": line["net_type"], **line})
+        except (ValueError, KeyError, TypeError):
+            print(f"{path}: a damaged line is left out: {row[:60]}", file=sys.stderr)
+    if not found:
+        raise UserError(f"{path} holds no records of training dynamics")
+    return found
+
+
+def mean(values):
+    """The mean of what is known of values; NaN, which is not drawn, where nothing is."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else math.nan
 
 
 if __name__ == "__main__":

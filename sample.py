@@ -35,14 +35,15 @@ def main():
     rt = runtime.start()
     epoch = rt.agree(checkpoint.find(config, args.epoch))
     folder = Path(args.out or checkpoint.samples_folder(config, epoch, variant(args)))
-    denoiser = checkpoint.load_edm(config, epoch, args.weights, args, rt.device)
+    denoiser = checkpoint.load_edm(config, epoch, args.weights, args, rt.device, args.sigma_rel)
     files.check_writable(folder)
     with files.lock(folder, rt):
         settings = rt.on_main(claim, folder, config, args, epoch)
         missing = rt.on_main(find_missing, folder, args.n_samples)
-        rt.print(f"{args.weights} weights of epoch {epoch}, seed {args.seed}: {len(missing):,} of {args.n_samples:,} "
-                 f"images to make in {folder} ({rt.world_size} process{'es' * (rt.world_size > 1)} on "
-                 f"{runtime.device_name(rt.device)})")
+        length = f", sigma_rel {args.sigma_rel:g}," if args.sigma_rel else ""
+        rt.print(f"{args.weights} weights{length} of epoch {epoch}, seed {args.seed}: {len(missing):,} of "
+                 f"{args.n_samples:,} images to make in {folder} ({rt.world_size} "
+                 f"process{'es' * (rt.world_size > 1)} on {runtime.device_name(rt.device)})")
         if missing:
             size = choose_batch(denoiser, settings, config, args, rt)
             rt.on_main(note_settings, folder, settings)
@@ -62,27 +63,31 @@ def parse_arguments():
     p.add_argument("--n_samples", type=count, default=runtime.FULL, help="number of images (default: 50000)")
     p.add_argument("--seed", type=index, default=0, help="image i is a function of (seed, i)")
     p.add_argument("--weights", choices=["ema", "model"], default="ema", help="averaged (default) or raw weights")
+    options.sigma_rel_flag(p)
     p.add_argument("--steps", type=count, default=18, help="sampler steps (default: 18, NFE 35)")
     p.add_argument("--eta", type=unit, default=0.0, help="churn from 0 (deterministic) to 1")
     p.add_argument("--clip_denoised", action="store_true", help="clip D to [-1,1]")
     p.add_argument("--npz", action="store_true", help="also write samples.npz: arr_0, (N,H,W,C) uint8")
     p.add_argument("--out", metavar="DIR", help="folder (default: save_dir/samples/<epoch>...)")
-    return p.parse_args()
+    args = p.parse_args()
+    if args.sigma_rel is not None and args.weights == "model":
+        p.error("--sigma_rel is of averaged weights: leave out --weights model")
+    return args
 
 
 def variant(args):
     """What is not as usual, for the folder's name."""
-    return ("_model" * (args.weights == "model") + f"_seed{args.seed}" * (args.seed > 0)
-            + f"_steps{args.steps}" * (args.steps != 18) + f"_eta{args.eta:g}" * (args.eta > 0)
-            + "_clip" * args.clip_denoised)
+    return ("_model" * (args.weights == "model") + checkpoint.sigma_rel_suffix(args.sigma_rel)
+            + f"_seed{args.seed}" * (args.seed > 0) + f"_steps{args.steps}" * (args.steps != 18)
+            + f"_eta{args.eta:g}" * (args.eta > 0) + "_clip" * args.clip_denoised)
 
 
 def describe(config, args, epoch):
     """All that decides what the images look like."""
     return {"checkpoint_sha256": files.sha256(checkpoint.path_of(config, epoch)),
-            "epoch": epoch, "weights": args.weights, "seed": args.seed, "steps": args.steps,
-            "eta": args.eta, "clip_denoised": args.clip_denoised, "precision": options.precision(args),
-            "diffusion": config["diffusion"], "network": config["network"]}
+            "epoch": epoch, "weights": args.weights, "sigma_rel": args.sigma_rel, "seed": args.seed,
+            "steps": args.steps, "eta": args.eta, "clip_denoised": args.clip_denoised,
+            "precision": options.precision(args), "diffusion": config["diffusion"], "network": config["network"]}
 
 
 def claim(folder, config, args, epoch):

@@ -21,10 +21,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
 import data
+import dynamics
 import edm
+import evaluation
 import files
 import logs
 import options
+import posthoc
 import runtime
 from runtime import UserError
 
@@ -45,9 +48,10 @@ def main():
     if args.dry_run:
         return
     with rt.in_turns():
-        images, _ = data.load(config)
+        images, labels = data.load(config)
     if config["batch_size"] > len(images):
         raise UserError(f"batch_size {config['batch_size']} is more than the {len(images)} training images")
+    evaluator = evaluation.Evaluator(config, args, rt, images, labels) if config["eval_every"] else None
     with files.lock(config["save_dir"], rt):
         path = rt.on_main(checkpoint_to_load, config, args, rt.job)
         training = Training(config, args, rt, data.to_device(images, rt.device))
@@ -55,7 +59,7 @@ def main():
             training.restore(checkpoint.load(path))
             if config["load_epoch"] >= 0:
                 rt.on_main(checkpoint.set_aside, config, training.step)
-        train(training)
+        train(training, evaluator)
 
 
 def parse_arguments():
@@ -150,6 +154,7 @@ class Training:
         self.ema = EMA(self.edm.net, beta=config["ema"], update_after_step=0, update_every=1,
                        include_online_model=False, use_foreach=True)
         self.ema.ema_model.eval()
+        self.posthoc = posthoc.track(self.edm.net, config)
         self.edm_ema = edm.EDM(self.ema.ema_model, self.edm.uncertainty, **config["diffusion"], amp_dtype=amp_dtype)
 
         # Optimizer.
@@ -161,6 +166,7 @@ class Training:
         self.taken = None       # Under a GradScaler, until settle_ema(): whether the last step was taken.
         if rt.device.type == "cuda":
             self.taken_is_known = torch.cuda.Event()
+        self.recorder = dynamics.Recorder(self)
 
     def draw(self):
         """Noise level (B,) ~ N(0,1), noise (B,C,H,W) ~ N(0,1) and flips (B,) of the step's total batch, B images."""
@@ -208,6 +214,9 @@ class Training:
         grad_norm = torch.nn.utils.get_total_norm(grads)
         finite = torch.isfinite(grad_norm)      # Also what a GradScaler goes by, short of gradients above 1e19.
         self.count_bad_steps(finite)
+        recording = self.recorder.is_due()
+        if recording:
+            self.recorder.before_update()
         if self.scaler.is_enabled():
             self.taken = finite.to("cpu", non_blocking=True)
             if self.rt.device.type == "cuda":
@@ -218,7 +227,9 @@ class Training:
             for grad in grads:
                 torch.nan_to_num(grad, nan=0, posinf=0, neginf=0, out=grad)
             self.optimizer.step()
-            self.ema.update()
+            self.update_ema()
+        if recording:
+            self.recorder.after_update()
         self.optimizer.zero_grad()
         self.step += 1
         return grad_norm
@@ -233,8 +244,14 @@ class Training:
             if self.rt.device.type == "cuda":
                 self.taken_is_known.synchronize()
             if self.taken:
-                self.ema.update()
+                self.update_ema()
             self.taken = None
+
+    def update_ema(self):
+        """Let the averages of the network follow it by one step."""
+        self.ema.update()
+        if self.posthoc:
+            self.posthoc.update()
 
     def count_bad_steps(self, finite):
         """Count steps in a row without finite gradients, on the device; a count of MAX_BAD_STEPS stays."""
@@ -254,6 +271,7 @@ class Training:
         return {
             "network": self.edm.net.state_dict(), "uncertainty": self.edm.uncertainty.state_dict(),
             "ema": self.ema.ema_model.state_dict(), "ema_step": self.ema.step.item(),
+            "posthoc": posthoc.state(self.posthoc),
             "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
             "step": self.step, "epoch": (self.step - 1) // self.steps_per_epoch,
             "loss_sum": self.rt.all_reduce(self.loss_sum.clone()), "window": self.window,
@@ -274,6 +292,7 @@ class Training:
         checkpoint.restore(self.ema.ema_model, state["ema"])
         self.ema.step.fill_(state["ema_step"])
         self.ema.initted.fill_(True)
+        posthoc.restore(self.posthoc, state["posthoc"], checkpoint.restore)
         try:
             self.optimizer.load_state_dict(state["optimizer"])
         except (KeyError, ValueError, TypeError, AttributeError) as e:
@@ -292,7 +311,7 @@ class Training:
 # ----------------------------------------------------------------------------------------------------------------------
 # The loop.
 
-def train(training):
+def train(training, evaluator=None):
     """Train to n_epoch from where `training` is, with figures, checkpoints and sample grids in save_dir.
 
     Raises Stopped after SIGTERM, SIGINT or SIGHUP, saved; UserError at the end where something could not be written.
@@ -307,7 +326,7 @@ def train(training):
                  f"to go on")
         return
     if rt.is_main:
-        for name in ("", "ckpts", "grids", "tensorboard"):
+        for name in ("", "ckpts", "grids", "tensorboard", *(["ema"] if t.posthoc else [])):
             files.clean(files.make_folder(f"{config['save_dir']}/{name}"))
     if t.step:
         rt.print(f"going on in {config['save_dir']} after step {t.step}")
@@ -315,7 +334,7 @@ def train(training):
     saver = checkpoint.Saver(config, log)
     with contextlib.closing(log), contextlib.closing(saver), rt.bar(t.total_steps, "step", initial=t.step) as bar:
         try:
-            run_steps(t, log, saver, bar)
+            run_steps(t, evaluator, log, saver, bar)
         except (runtime.Stopped, UserError):
             runtime.Watch.active = False    # The others leave too, while the main process may still write.
             raise
@@ -336,11 +355,11 @@ def state_of_last(t):
     return t.step == t.total_steps, complete
 
 
-def run_steps(t, log, saver, bar):
+def run_steps(t, evaluator, log, saver, bar):
     """Train to the last step, or to --max_steps."""
     meter, signals = Meter(t), runtime.Signals(t.rt, saver.wait)
     if t.step and t.step % t.steps_per_epoch == 0:
-        end_epoch(t, log, saver, signals, resumed=True)
+        end_epoch(t, evaluator, log, saver, signals, resumed=True)
     for epoch, index in batches(t):
         lr = t.learning_rate()
         grad_norm = t.training_step(index)
@@ -348,6 +367,8 @@ def run_steps(t, log, saver, bar):
         bar.update()
 
         # Figures.
+        if record := t.recorder.take():
+            log.dynamics(t.step, record)
         enough = t.max_steps is not None and t.step >= t.max_steps
         if t.step % t.config["log_every"] == 0 or t.step % t.steps_per_epoch == 0 or enough:
             figures = meter.read(epoch, lr, grad_norm)
@@ -360,8 +381,11 @@ def run_steps(t, log, saver, bar):
             return
 
         # Saves.
+        if posthoc.is_due(t):
+            t.settle_ema()
+            saver.save(posthoc.snapshot(t.posthoc, t.step), checkpoint.snapshot_path(t.config, t.step))
         if t.step % t.steps_per_epoch == 0:
-            end_epoch(t, log, saver, signals)
+            end_epoch(t, evaluator, log, saver, signals)
             meter.pause()
             if t.step == t.total_steps:
                 return
@@ -382,14 +406,23 @@ def batches(t):
             yield epoch, index
 
 
-def end_epoch(t, log, saver, signals, resumed=False):
-    """Save the checkpoint and draw the sample grid of the epoch that has just ended, where they are due.
+def end_epoch(t, evaluator, log, saver, signals, resumed=False):
+    """Save the checkpoint, draw the sample grid and evaluate, where that is due in the epoch that has just ended.
 
     resumed: only what is missing, where the run was ended just then.
     """
     epoch = t.step // t.steps_per_epoch - 1
-    if epoch % t.config["save_every"] and epoch != t.config["n_epoch"] - 1:
-        return
+    if epoch % t.config["save_every"] == 0 or epoch == t.config["n_epoch"] - 1:
+        save_and_draw(t, epoch, log, saver, signals, resumed)
+    due = evaluator and (epoch % t.config["eval_every"] == 0 or epoch == t.config["n_epoch"] - 1)
+    if due and not t.rt.on_main(lambda: resumed and log.holds(t.step, evaluation.LOSS)):
+        t.settle_ema()
+        log.write(t.step, {"epoch": epoch, "Mimg": t.step * t.config["batch_size"] / 1e6}
+                  | evaluator.figures(t.edm_ema))
+
+
+def save_and_draw(t, epoch, log, saver, signals, resumed):
+    """Save the checkpoint and draw the sample grid of an epoch; resumed: only what is missing."""
     path, grid = checkpoint.path_of(t.config, epoch), grid_path(t.config, epoch)
     saved, drawn = t.rt.on_main(lambda: [resumed and checkpoint.is_whole(path), resumed and grid.exists()])
     if not saved:

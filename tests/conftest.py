@@ -40,6 +40,7 @@ def tiny_config(folder, net_type="UNetC", **changes):
                     "attn_channels_per_head": 16, "dropout": 0.0, "n_blocks": 1},
         "n_epoch": 2, "batch_size": 140, "lrate": 1e-3 if net_type == "UNetC" else 1e-2, "warm_epoch": 0.5,
         "ema": 0.99, "n_sample": 4, "log_every": 5, "save_dir": str(folder / "run"), "cache_dir": str(folder / "cache"),
+        "dynamics_every": 0,
     }
     network = config["network"] | changes.pop("network", {})
     path = Path(folder) / "config.yaml"
@@ -120,11 +121,11 @@ def wait_until(condition, timeout=120):
         time.sleep(0.005)
 
 
-def metrics(save_dir):
-    """The whole lines of metrics.jsonl."""
+def metrics(save_dir, key="loss"):
+    """The whole lines of metrics.jsonl that hold a figure."""
     path = Path(save_dir) / "metrics.jsonl"
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    return [row for row in map(json.loads, (line for line in lines if line.endswith("\n"))) if key in row]
 
 
 def last_step(save_dir):

@@ -1,0 +1,128 @@
+"""What is measured on the way: the held-out loss, FID and probe of a schedule."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import metrics, run, succeed, tiny_config
+from test_train import training
+
+import edm
+import evaluation
+import runtime
+
+ONE = runtime.Runtime(0, 1, 0, 1, torch.device("cpu"))
+
+
+def lines(save_dir):
+    return metrics(save_dir, evaluation.LOSS)
+
+
+def test_the_held_out_loss_is_the_loss(tmp_path):
+    """Against the loss written out; the noise of an image does not depend on how many others there are."""
+    t = training(tmp_path, batch_size=8)
+    for _ in range(3):
+        t.training_step(torch.arange(8))
+    denoiser = t.edm_ema
+    images = torch.from_numpy(np.random.default_rng(1).integers(0, 256, (70, 1, 8, 8), np.uint8))
+    one, = (evaluation.held_out_loss(denoiser, images[:1], ONE),)
+    seen = []
+
+    class Perfect(edm.EDM):
+        def denoise(self, x, sigma):
+            seen.append((x, sigma))
+            return super().denoise(x, sigma)
+
+    spy = Perfect(denoiser.net, denoiser.uncertainty, **t.config["diffusion"])
+    again = evaluation.held_out_loss(spy, images[:1], ONE)
+    assert again == one and len(seen) == 8
+    y = images[:1].float() / 127.5 - 1
+    for (x, sigma), level in zip(seen, evaluation.LEVELS, strict=True):
+        assert sigma.item() == pytest.approx(level) and 0.02 - 1e-9 <= level <= 20 + 1e-9
+        noise = (x - y) / sigma
+        assert noise.std().item() == pytest.approx(1, abs=0.3)
+        with torch.no_grad():
+            expected = (1 / 0.5 ** 2 + 1 / level ** 2) * (denoiser.denoise(x, sigma) - y).square().mean()
+        assert one[f"heldout_loss/{level:.3g}"] == pytest.approx(expected.item(), rel=1e-5)
+    assert one["heldout_loss"] == pytest.approx(np.mean([v for k, v in one.items() if "/" in k]))
+    both = evaluation.held_out_loss(denoiser, images, ONE)
+    assert evaluation.held_out_loss(denoiser, images, ONE, batch_size=7) == pytest.approx(both, rel=1e-5)
+    assert both["heldout_loss"] != pytest.approx(one["heldout_loss"], rel=1e-5)
+
+
+def test_a_schedule_and_what_it_gives(tmp_path):
+    """Held-out loss, FD and probe at the epochs of eval_every and at the last; equal in two processes to 1e-5; the same
+    after a resume, which does what is missing and nothing twice."""
+    flags = ["--set", "eval_every=2", "--set", "eval={fid: 40, features: pixels, probe: true, images: 100}",
+             "--set", "linear={blockname: out_1, n_epoch: 3}", "--set", "n_epoch=4", "--set", "save_every=100"]
+    config = tiny_config(tmp_path, "UNetE")
+    succeed("train.py", "--config", config, *flags)
+    found = lines(tmp_path / "run")
+    assert [line["epoch"] for line in found] == [0, 2, 3]
+    assert found[-1]["heldout_loss"] < found[0]["heldout_loss"]
+    for line in found:
+        assert line["FD(pixels) n=40"] > 0 and 0 < line["probe t=4 out_1 (%)"] <= 100
+        assert len([key for key in line if key.startswith("heldout_loss/")]) == 8
+    board = b"".join(path.read_bytes() for path in (tmp_path / "run" / "tensorboard").glob("events*"))
+    assert b"heldout_loss/0.02" in board
+
+    succeed("train.py", "--config", config, *flags, "--set", f"save_dir={tmp_path / 'two'}", processes=2)
+    for one, two in zip(found, lines(tmp_path / "two"), strict=True):
+        # Training itself rounds differently in two processes: to 1e-4.
+        assert two["heldout_loss"] == pytest.approx(one["heldout_loss"], rel=1e-4)
+
+    # The last evaluation was not made: the last checkpoint is there, its line is not.
+    path = tmp_path / "run" / "metrics.jsonl"
+    last = found[-1]["step"]
+    kept = [line for line in path.read_text().splitlines(keepends=True)
+            if not ("heldout" in line and f'"step": {last}' in line)]
+    path.write_text("".join(kept))
+    (tmp_path / "run" / "grids" / "0003.png").unlink()
+    succeed("train.py", "--config", config, *flags)
+    again = lines(tmp_path / "run")
+    assert [line["epoch"] for line in again] == [0, 2, 3]
+    assert {k: v for k, v in again[-1].items() if "loss" in k} == {k: v for k, v in found[-1].items() if "loss" in k}
+
+
+def test_two_processes_measure_what_one_does(tmp_path):
+    """The same network: to 1e-5."""
+    script = tmp_path / "measure.py"
+    script.write_text(f"""
+import sys; sys.path[:0] = [{str(evaluation.__file__.rpartition('/')[0])!r}]
+import json, torch, edm, evaluation, options, runtime
+def main():
+    rt = runtime.start()
+    torch.manual_seed(0)
+    model = edm.build(options.load_config({str(tiny_config(tmp_path, 'UNetC'))!r})).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.05 * torch.randn(p.shape))
+    images = torch.randint(0, 256, (150, 1, 8, 8), dtype=torch.uint8)
+    found = evaluation.held_out_loss(model, images, rt)
+    if rt.is_main:
+        print(json.dumps(found))
+runtime.command(main)()
+""")
+    one, two = (json.loads(succeed(script, processes=n).splitlines()[-1]) for n in (None, 2))
+    assert two == pytest.approx(one, rel=1e-5) and len(set(one.values())) == 9
+
+
+@pytest.mark.parametrize(("key", "words"), [
+    ("eval.fid=1", ["eval.fid"]),
+    ("eval.features=vgg", ["eval.features", "inception"]),
+    ("eval_every=0", ["eval_every"]),
+    ("eval={prob: true}", ["did you mean eval.probe?"]),
+    ("dynamics_every=-1", ["dynamics_every"]),
+])
+def test_bad_keys(tmp_path, key, words):
+    done = run("train.py", "--config", tiny_config(tmp_path), "--set", key)
+    assert done.returncode == 2 and all(word in done.stderr for word in words), done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_missing_weights_are_said_before_training(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
+    done = run("train.py", "--config", tiny_config(tmp_path), "--set", "eval_every=1", "--set", "eval.fid=10")
+    assert done.returncode == 2 and "could not be downloaded" in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
