@@ -411,7 +411,7 @@ def load_edm(config, epoch, weights, args, device, sigma_rel=None):
 def check_same_run(config, saved):
     """Raise UserError listing the keys that shape the result and differ between a config and a checkpoint's."""
     free = {"n_epoch", "load_epoch", "data_root", "cache_dir", "classes", "save_dir", "save_model", "save_every",
-            "save_minutes", "log_every", "n_sample", "linear"}
+            "save_minutes", "log_every", "n_sample", "linear", "dynamics_every", "eval_every", "eval"}
     refuse_differences(config, saved, [key for key in config if key not in free], "choose another save_dir")
 
 

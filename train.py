@@ -383,7 +383,8 @@ def run_steps(t, evaluator, log, saver, bar):
         # Saves.
         if posthoc.is_due(t):
             t.settle_ema()
-            saver.save(posthoc.snapshot(t.posthoc, t.step), checkpoint.snapshot_path(t.config, t.step))
+            if t.rt.is_main:
+                saver.save(posthoc.snapshot(t.posthoc, t.step), checkpoint.snapshot_path(t.config, t.step))
         if t.step % t.steps_per_epoch == 0:
             end_epoch(t, evaluator, log, saver, signals)
             meter.pause()

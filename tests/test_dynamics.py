@@ -105,7 +105,7 @@ def test_a_run_records_and_goes_on(tmp_path):
     assert [line["step"] for line in found] == [1, 4, 7, 10]
     with open(tmp_path / "run" / "dynamics.jsonl", "a") as f:
         f.write(json.dumps(found[-1] | {"step": 16}) + "\n" + '{"step": 17, "cut')
-    succeed("train.py", "--config", config, "--set", "n_epoch=2")
+    succeed("train.py", "--config", config, "--set", "n_epoch=2", "--set", "eval_every=5")      # May change.
     assert [line["step"] for line in records(tmp_path / "run")] == [1, 4, 7, 10, 13, 16, 19, 20]
     succeed("train.py", "--config", config, "--set", f"save_dir={tmp_path / 'two'}", processes=2)
     for one, two in zip(found, records(tmp_path / "two"), strict=True):
