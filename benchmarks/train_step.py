@@ -21,10 +21,13 @@ import torch
 from sides import ROOT, alternate, machine, times_faster
 
 import data
+import dynamics
 import edm
 import options
 import runtime
 import train
+
+N_TRAIN = {"digits": 1437, "cifar10": 50_000, "cifar100": 50_000, "tinyimagenet": 100_000}      # Images.
 
 
 def main():
@@ -39,7 +42,7 @@ def main():
     p.add_argument("--profile", action="store_true", help="where the time of a step goes, too")
     args = p.parse_args()
     cpu = not torch.cuda.is_available()
-    overrides = [f"batch_size={args.batch or 8}"] if args.batch or cpu else []
+    overrides = ["dynamics_every=0", *([f"batch_size={args.batch or 8}"] if args.batch or cpu else [])]
     configs = {name: options.load_config(ROOT / "config" / f"{name}.yaml", overrides) for name in args.configs}
 
     sides = {}
@@ -73,14 +76,18 @@ def main():
         ours, loop = (times_faster(timings[f"{name}, {way}"], timings["peer"]) for way in ("train.py", "plain"))
         print(f"\nTimes faster than the peer in the plain loop: {name} by train.py {ours:.2f}, in the plain loop "
               f"{loop:.2f}")
-    print("\n| train.py | data (draws, look-up) | EMA | figures, every 50 steps | together | optimizer |\n"
-          + "|---" * 6 + "|")
+    print("\n| train.py | data (draws, look-up) | EMA | figures, every 50 steps | together | optimizer | a record of "
+          "dynamics | 200 of them in the run |\n" + "|---" * 8 + "|")
     for name, config in configs.items():
-        parts = alternate({name: (shares, config, args.amp_dtype)}, 5)[name].returned
+        parts = alternate({name: (shares, config | {"dynamics_every": 1}, args.amp_dtype)}, 5)[name].returned
+        for part in parts:
+            part["step"] -= part["dynamics"]
         share = {key: statistics.median(part[key] / part["step"] for part in parts) for key in parts[0]}
+        steps = config["n_epoch"] * (N_TRAIN[config["dataset"]] // config["batch_size"])
         waiting = share["data"] + share["ema"] + share["figures"] / 50
         print(f"| {name} | {share['data']:.2%} | {share['ema']:.2%} | {share['figures'] / 50:.2%} | {waiting:.2%} "
-              f"| {share['optimizer']:.2%} |", flush=True)
+              f"| {share['optimizer']:.2%} | {share['dynamics']:.1%} of a step "
+              f"| {share['dynamics'] / max(1, steps // dynamics.POINTS):.2%} |", flush=True)
     if args.profile:
         found = {f"{name}, {way}": alternate({way: (profile, make, config, args.amp_dtype)}, 1, 1)[way].returned[0]
                  for name, config in configs.items() for way, make in (("train.py", fast), ("plain", plain))}
@@ -254,6 +261,8 @@ def shares(config, amp_dtype):
             torch.cuda.synchronize()
 
     data.batch, t.draw = timed("data", data.batch), timed("data", t.draw)
+    for name in ("before_update", "after_update"):
+        setattr(t.recorder, name, timed("dynamics", getattr(t.recorder, name)))
     t.ema.update, t.optimizer.step = timed("ema", t.ema.update), timed("optimizer", t.optimizer.step)
     meter = train.Meter(t)
     read = timed("figures", meter.read)
@@ -264,7 +273,7 @@ def shares(config, amp_dtype):
         return grad_norm
 
     def step():
-        spent.update(dict.fromkeys(("data", "ema", "optimizer", "figures", "step"), 0.0))
+        spent.update(dict.fromkeys(("data", "ema", "optimizer", "dynamics", "figures", "step"), 0.0))
         grad_norm = timed("step", one_step)(torch.arange(config["batch_size"], device=t.images.device))
         read(0, 0, grad_norm)
         return dict(spent)
