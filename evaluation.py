@@ -32,8 +32,6 @@ class Evaluator:
         self.args = SimpleNamespace(seed=0, batch_gpu=args.batch_gpu, passes=1, timesteps=None, blocks=None, grid=False)
         if self.ask["probe"]:
             self.pairs = probe.choose_pairs(config, self.args)
-            if labels is None:
-                raise UserError("eval.probe: the data have no labels")
         if self.ask["fid"]:
             self.extractor = features.Extractor(self.ask["features"], rt)
             self.reference = fid.reference(config, images, self.extractor, self.args, rt, keep=False)
@@ -42,17 +40,21 @@ class Evaluator:
     def figures(self, denoiser):
         """{name: value} of an EDM, in all processes, which share the work; the same however many they are."""
         found = held_out_loss(denoiser, self.test[0][:self.ask["images"]], self.rt, self.args.batch_gpu)
-        if self.ask["fid"]:
-            name = f"{self.extractor.figure('FID')} n={self.ask['fid']}"
-            found[name] = self.sampled_fid(denoiser)
-        if self.ask["probe"]:
-            pair = self.pairs[0]
-            sets = [probe.extract(denoiser, *part, self.pairs, 1, kind, self.config, self.args, self.rt)
-                    for part, kind in ((self.train, probe.TRAIN), (self.test, probe.TEST))]
-            classes = max(int(part[1].max()) + 1 for part in (self.train, self.test))
-            found[f"probe t={pair.timestep} {pair.block} (%)"] = probe.probe(
-                *sets, self.pairs, classes, self.config["linear"], 0, self.rt)[0]
+        for asked, measure in ((self.ask["fid"], self.sampled_fid), (self.ask["probe"], self.probed)):
+            try:
+                found |= measure(denoiser) if asked else {}
+            except UserError as e:          # In all processes.
+                if self.rt.is_main:
+                    runtime.warn(f"{e}; not measured, training goes on")
         return found
+
+    def probed(self, denoiser):
+        """The accuracy of the config's linear probe, by one draw of noise and flips, in per cent."""
+        sets = [probe.extract(denoiser, *part, self.pairs, 1, kind, self.config, self.args, self.rt)
+                for part, kind in ((self.train, probe.TRAIN), (self.test, probe.TEST))]
+        classes = max(int(labels.max()) + 1 for _, labels in (self.train, self.test))
+        accuracy = probe.probe(*sets, self.pairs, classes, self.config["linear"], 0, self.rt)[0]
+        return {f"probe t={self.pairs[0].timestep} {self.pairs[0].block} (%)": accuracy}
 
     def sampled_fid(self, denoiser):
         """The Fréchet distance of samples, those of sample.py's seed 0, to the training set."""
@@ -62,7 +64,8 @@ class Evaluator:
             images = edm.generate(denoiser, range(start, min(start + CHUNK, n)), shape, rt.device)
             moments.add(self.extractor(images)[0])
         samples = fid.Statistics(f"{n} samples", *moments.finish(rt), n)
-        return rt.on_main(lambda: fid.distance(samples, self.reference))
+        value = rt.on_main(lambda: fid.distance(samples, self.reference))
+        return {f"{self.extractor.figure('FID')} n={n}": value}
 
 
 @torch.no_grad()

@@ -148,7 +148,6 @@ class Extractor:
         with rt.in_turns():                 # torch.hub fetches DINOv2's code.
             network = load_network(name, path, logits)
         self.network = network.to(self.device, memory_format=torch.channels_last)
-        torch.backends.cudnn.allow_tf32 = False     # Full precision: the figure is compared with other people's.
 
     @torch.inference_mode()
     def __call__(self, images):
@@ -156,7 +155,12 @@ class Extractor:
         images = images.to(self.device)
         if self.name != "pixels" and images.shape[1] == 1:
             images = images.expand(-1, 3, -1, -1)
-        return self.network(images)
+        allowed = torch.backends.cudnn.allow_tf32
+        torch.backends.cudnn.allow_tf32 = False     # Full precision: the figure is compared with other people's.
+        try:
+            return self.network(images)
+        finally:
+            torch.backends.cudnn.allow_tf32 = allowed
 
     def figure(self, name):
         """A figure's name: FID, or KID for these features, where they are Inception's; else such as FD(pixels)."""

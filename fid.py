@@ -411,7 +411,8 @@ def report(config, epoch, folders, values, n, n_reference, extractor, seconds, r
         if len(found) > 1:
             line |= {"values": found, "mean": statistics.mean(found)}
             print(f"{figure} of {len(found)} seeds: best {best:.6g}, mean {line['mean']:.6g}")
-        lines.append((figure, line))
+        length = f" sigma_rel={made['sigma_rel']:g}" if made.get("sigma_rel") else ""
+        lines.append((figure + length, line))
     logs.record(config, lines, rt.device)
 
 

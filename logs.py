@@ -67,6 +67,13 @@ def step_of(line):
         return math.inf
 
 
+def holds(save_dir, step, name):
+    """Whether a run's metrics.jsonl holds a figure of that name at a step."""
+    path = Path(save_dir) / "metrics.jsonl"
+    lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+    return any(step_of(line) == step and name in json.loads(line) for line in lines)
+
+
 def seen_mimg(config, epoch, n_images):
     """Million training images seen by the end of an epoch, of n_images in the training set."""
     return (epoch + 1) * (n_images // config["batch_size"]) * config["batch_size"] / 1e6
@@ -142,11 +149,6 @@ class Log:
                         for name, value in values.items()})
             self.flush()
 
-    def holds(self, step, name):
-        """Whether metrics.jsonl holds a figure of that name at a step."""
-        lines = self.path.read_text(errors="replace").splitlines() if self.active and self.path.exists() else []
-        return any(step_of(line) == step and name in json.loads(line) for line in lines)
-
     def image(self, step, name, image):
         """Show an image (C,H,W) uint8 in TensorBoard."""
         if self.active:
@@ -174,7 +176,7 @@ class Log:
 
     def sync(self):
         """Bring the lines that are written to the disk itself, so that no checkpoint is newer than they."""
-        for path in self.pending:
+        for path in list(self.pending):     # Another thread may add one.
             with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
                 os.fsync(file.fileno())
 

@@ -271,6 +271,8 @@ def check_together(config):
     if len(sigma_rels) == 1 or len(set(sigma_rels)) < len(sigma_rels):
         raise UserError(f"posthoc_ema.sigma_rels {sigma_rels}: other lengths are reconstructed from two or more "
                         f"different ones, such as [0.05, 0.10]")
+    if len(sigma_rels) * config["posthoc_ema"]["snapshots"] > 4000:
+        raise UserError("posthoc_ema: more than 4000 snapshots of all lengths together are too many")
     if config["eval"]["fid"] == 1:
         raise UserError("eval.fid is the number of samples: one has no covariance")
     if diffusion["sigma_min"] >= diffusion["sigma_max"]:

@@ -9,7 +9,7 @@ which is one more (the first update counts from 0 to 2).
 
 import torch
 
-from runtime import UserError
+from runtime import UserError, warn
 
 WORST = 0.1     # The error of a profile, relative to it in the L2 norm, above which there is no reconstruction.
 
@@ -50,7 +50,7 @@ def restore(averages, saved, into):
                                 strict=True):
         into(average.ema_model, weights)
         average.step.fill_(saved["updates"])
-        average.initted.fill_(True)
+        average.initted.fill_(saved["updates"] > 0)
 
 
 def snapshot(averages, step):
@@ -94,7 +94,11 @@ def reconstruct(saved, kept, sigma_rel):
     if not own:
         raise UserError(f"{saved['config']['save_dir']} was trained without posthoc_ema.sigma_rels: --sigma_rel has "
                         f"nothing to reconstruct from")
-    gammas, kept = own["gammas"], [part for part in kept if part["updates"] < own["updates"]]
+    gammas, strangers = own["gammas"], [part["step"] for part in kept if any(
+        part[key] != own[key] for key in ("gammas", "parameters"))]
+    if strangers:
+        warn(f"the snapshots of steps {', '.join(map(str, strangers))} are of another run: left out")
+    kept = [part for part in kept if part["updates"] < own["updates"] and part["step"] not in strangers]
     times = [part["updates"] + 1 for part in (*kept, own) for _ in gammas]
     x, error = coefficients(times, gammas * (len(kept) + 1), own["updates"] + 1, sigma_rel_to_gamma(sigma_rel))
     if error > WORST:

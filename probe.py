@@ -148,7 +148,7 @@ def extract(denoiser, images, labels, pairs, n_passes, kind, config, args, rt):
                 rows = row[index[:min(DRAW, n - start)]]
                 values[draw, rows[0]:rows[-1] + 1] = found[:len(rows)].to(values.device)
                 bar.update(len(rows))
-    if not torch.isfinite(values.sum()):
+    if not rt.all(bool(torch.isfinite(values.sum()))):
         raise UserError("the features are NaN or Inf: the network has diverged, or --amp_dtype bfloat16 is needed")
     return Features(n, values, labels[share].to(rt.device), row)
 

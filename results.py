@@ -73,9 +73,9 @@ def read(run, standard=STANDARD):
     for row in rows:
         try:
             line = json.loads(row)
+            sampling = {"sigma_rel": line.get("sigma_rel")} | (line.get("sampling") or {})
             key = (line["figure"], line["epoch"], line["n"], line["features"], line.get("timestep"),
-                   json.dumps([line["seeds"], line.get("sampling"), line.get("sigma_rel")]))
-            sampling = line.get("sampling") or {name: line.get(name) for name in ("weights", "sigma_rel")}
+                   json.dumps([line["seeds"], sampling], sort_keys=True))
             if any(sampling.get(name, value) != value for name, value in standard.items()):
                 print(f"{path}: left out, of other sampling settings: {line['figure']} {line['value']:.6g} @ "
                       f"{line['epoch']}, {sampling}", file=sys.stderr)
@@ -209,15 +209,20 @@ def draw_ema(run, name=None):
     for line in read(run, standard):
         length = (line.get("sampling") or line).get("sigma_rel")
         if length is not None:
-            kind = line["figure"] + f" t={line.get('timestep')} {line['features']}" * (line["figure"] == "probe")
-            curves.setdefault((line["figure"], kind), {}).setdefault(line["epoch"], {})[length] = line["value"]
+            kind = (f"{line['figure']} t={line.get('timestep')} {line['features']}" if line["figure"] == "probe" else
+                    f"{line['figure']} n={line['n']:,}, seeds {line['seeds']}")
+            curves.setdefault(line["figure"], {}).setdefault(kind, {}).setdefault(line["epoch"], {})[length] = (
+                line["value"])
     if not curves:
         raise UserError(f"{run}/results.jsonl holds no scores by EMA length: make some with sample.py and fid.py, or "
                         f"probe.py, --sigma_rel 0.05, 0.10, ...")
-    chosen = {kind: by_epoch for (figure, kind), by_epoch in curves.items() if name in (None, figure)}
-    if not chosen:
-        raise UserError(f"--figure {name}: {run} has no such score by EMA length; it has "
-                        f"{', '.join(sorted({figure for figure, _ in curves}))}")
+    if name not in (None, *curves):
+        raise UserError(f"--figure {name}: {run} has no such score by EMA length; it has {', '.join(sorted(curves))}")
+    chosen = {}                             # Of several n, seeds, timesteps or blocks the one with the most scores.
+    for figure, kinds in curves.items():
+        if name in (None, figure):
+            kind = max(kinds, key=lambda kind: sum(map(len, kinds[kind].values())))
+            chosen[kind] = kinds[kind]
     figure = Figure(figsize=(5 * len(chosen), 4.2), layout="constrained", dpi=150)
     for axes, (kind, by_epoch) in zip(figure.subplots(1, len(chosen), squeeze=False)[0], chosen.items(), strict=True):
         for epoch, values in sorted(by_epoch.items()):
@@ -259,7 +264,8 @@ def draw_dynamics(runs):
                 style = {"color": f"C{sizes.index(size)}" if size else "0.4",
                          "linestyle": "--" if place == "decoder" else ":" if place == "embedding" else "-"}
                 points = [(line["Mimg"], mean(line[kind].get(group, {}).values())) for line in found]
-                shown[group], = axes.plot(*zip(*points, strict=True), linewidth=1.6, **style)
+                shown[group], = axes.plot(*zip(*points, strict=True), linewidth=1.6, marker="." * (len(points) < 3),
+                                          **style)
             axes.set_yscale("log")
             axes.grid(alpha=0.3, which="both")
             if column == 0:
@@ -282,10 +288,13 @@ def read_dynamics(run):
     for row in rows:
         try:
             line = json.loads(row)
-            if not all(isinstance(line[kind], dict) for kind in ROWS) or not math.isfinite(line["Mimg"]):
+            for group, values in ((group, values) for kind in ROWS for group, values in line[kind].items()):
+                mean(values.values())
+                int(group.partition(" ")[2].partition("x")[0] or 0)
+            if not math.isfinite(line["Mimg"]) or not line["net_type"][-1:].isalpha() or line["dataset"] not in NAMES:
                 raise ValueError
-            found.append({"dataset": line["dataset"], "net_type": line["net_type"], **line})
-        except (ValueError, KeyError, TypeError):
+            found.append(line)
+        except (ValueError, KeyError, TypeError, AttributeError):
             print(f"{path}: a damaged line is left out: {row[:60]}", file=sys.stderr)
     if not found:
         raise UserError(f"{path} holds no records of training dynamics")

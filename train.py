@@ -57,8 +57,8 @@ def main():
         training = Training(config, args, rt, data.to_device(images, rt.device))
         if path is not None:
             training.restore(checkpoint.load(path))
-            if config["load_epoch"] >= 0:
-                rt.on_main(checkpoint.set_aside, config, training.step)
+        if path is None or config["load_epoch"] >= 0:       # Without checkpoints, too, there may be snapshots.
+            rt.on_main(checkpoint.set_aside, config, training.step)
         train(training, evaluator)
 
 
@@ -291,7 +291,7 @@ class Training:
         checkpoint.restore(self.edm.uncertainty, state["uncertainty"])
         checkpoint.restore(self.ema.ema_model, state["ema"])
         self.ema.step.fill_(state["ema_step"])
-        self.ema.initted.fill_(True)
+        self.ema.initted.fill_(state["ema_step"] > 0)
         posthoc.restore(self.posthoc, state["posthoc"], checkpoint.restore)
         try:
             self.optimizer.load_state_dict(state["optimizer"])
@@ -317,7 +317,7 @@ def train(training, evaluator=None):
     Raises Stopped after SIGTERM, SIGINT or SIGHUP, saved; UserError at the end where something could not be written.
     """
     t, rt, config = training, training.rt, training.config
-    done, complete = rt.on_main(state_of_last, t)
+    done, complete = rt.on_main(state_of_last, t, evaluator)
     if t.step > t.total_steps or (done and complete):
         rt.barrier()                        # All have read their checkpoint.
         if done and complete and rt.is_main:
@@ -348,11 +348,12 @@ def train(training, evaluator=None):
     rt.print(f"done: checkpoints, sample grids, metrics.jsonl and tensorboard are in {config['save_dir']}")
 
 
-def state_of_last(t):
-    """Whether training is at its last step, and whether that one's checkpoint and sample grid are there."""
+def state_of_last(t, evaluator):
+    """Whether training is at its last step, and whether that one's checkpoint, sample grid and evaluation are there."""
     last = checkpoint.path_of(t.config, t.config["n_epoch"] - 1)
     complete = checkpoint.is_whole(last) and grid_path(t.config, t.config["n_epoch"] - 1).exists()
-    return t.step == t.total_steps, complete
+    evaluated = not evaluator or logs.holds(t.config["save_dir"], t.total_steps, evaluation.LOSS)
+    return t.step == t.total_steps, complete and evaluated
 
 
 def run_steps(t, evaluator, log, saver, bar):
@@ -360,6 +361,7 @@ def run_steps(t, evaluator, log, saver, bar):
     meter, signals = Meter(t), runtime.Signals(t.rt, saver.wait)
     if t.step and t.step % t.steps_per_epoch == 0:
         end_epoch(t, evaluator, log, saver, signals, resumed=True)
+        meter.pause()
     for epoch, index in batches(t):
         lr = t.learning_rate()
         grad_norm = t.training_step(index)
@@ -413,13 +415,21 @@ def end_epoch(t, evaluator, log, saver, signals, resumed=False):
     resumed: only what is missing, where the run was ended just then.
     """
     epoch = t.step // t.steps_per_epoch - 1
-    if epoch % t.config["save_every"] == 0 or epoch == t.config["n_epoch"] - 1:
+    save_due, due = (epoch % every == 0 or epoch == t.config["n_epoch"] - 1
+                     for every in (t.config["save_every"], t.config["eval_every"] or math.inf))
+    if save_due:
         save_and_draw(t, epoch, log, saver, signals, resumed)
-    due = evaluator and (epoch % t.config["eval_every"] == 0 or epoch == t.config["n_epoch"] - 1)
-    if due and not t.rt.on_main(lambda: resumed and log.holds(t.step, evaluation.LOSS)):
+    if evaluator and due and not t.rt.on_main(
+            lambda: resumed and logs.holds(t.config["save_dir"], t.step, evaluation.LOSS)):
+        if not save_due:
+            saver.save(t.state(), checkpoint.latest_paths(t.config)[0])
+        if signum := signals.now():
+            leave(t, saver, signum)
+        signals.unsaved = not t.config["save_model"]        # A signal may end this at once: a restart does it again.
         t.settle_ema()
         log.write(t.step, {"epoch": epoch, "Mimg": t.step * t.config["batch_size"] / 1e6}
                   | evaluator.figures(t.edm_ema))
+        signals.unsaved = True
 
 
 def save_and_draw(t, epoch, log, saver, signals, resumed):
