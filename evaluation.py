@@ -26,8 +26,11 @@ class Evaluator:
 
     def __init__(self, config, args, rt, images, labels):
         self.config, self.rt, self.ask = config, rt, config["eval"]
-        with rt.in_turns():
-            self.test = data.load(config, train=False)
+        try:
+            with rt.in_turns():
+                self.test = data.load(config, train=False)
+        except UserError as e:
+            raise UserError(f"eval_every needs the test set, or null: {e}") from None
         self.train = images, labels
         self.args = SimpleNamespace(seed=0, batch_gpu=args.batch_gpu, passes=1, timesteps=None, blocks=None, grid=False)
         if self.ask["probe"]:

@@ -174,7 +174,7 @@ KEYS = {
     "seed": (integer(0, 2**62), 0),
     "load_epoch": (integer(-1, MOST), -1),                  # Go on from this checkpoint; -1: from the newest, if any.
     # Measured on the way.
-    "dynamics_every": (optional(integer(0, MOST)), None),   # Steps between records; null: 200 over the run; 0: none.
+    "dynamics_every": (optional(integer(0, MOST)), None),   # Steps between records; null: about 200 a run; 0: none.
     "eval_every": (optional(integer(1, MOST)), None),       # Epochs between evaluations of the EMA; null: none.
     "eval": {
         "images": (optional(integer(1, MOST)), None),       # Test images of the held-out loss; null: all.
@@ -273,6 +273,8 @@ def check_together(config):
                         f"different ones, such as [0.05, 0.10]")
     if len(sigma_rels) * config["posthoc_ema"]["snapshots"] > 4000:
         raise UserError("posthoc_ema: more than 4000 snapshots of all lengths together are too many")
+    if config["eval_every"] is None and (config["eval"]["fid"] or config["eval"]["probe"]):
+        raise UserError("eval asks for an FID or a probe, but eval_every does not say every how many epochs")
     if config["eval"]["fid"] == 1:
         raise UserError("eval.fid is the number of samples: one has no covariance")
     if diffusion["sigma_min"] >= diffusion["sigma_max"]:
@@ -415,7 +417,7 @@ def parser(docstring, config_required=True):
 def sigma_rel_flag(p):
     """Add the flag of the commands that use an EMA."""
     p.add_argument("--sigma_rel", type=argument(number(*SIGMA_REL)), metavar="S",
-                   help="the EMA of this relative length, put together from what posthoc_ema has kept")
+                   help="with the EMA of this relative length, 0.01 to 0.28 (of a run with posthoc_ema.sigma_rels)")
 
 
 def network_flags(p):

@@ -199,7 +199,7 @@ def save_figure(figure, out):
 
 
 def draw_ema(run, name=None):
-    """Draw the scores of a run's newest scored epoch against the relative length of its EMA, or just the score `name`.
+    """Draw the scores of a run against the relative length of its EMA, a line per epoch, or just the score `name`.
 
     Raises UserError where none was made with --sigma_rel, or there is none of that name.
     """
@@ -284,7 +284,7 @@ def read_dynamics(run):
     try:
         rows = path.read_text(errors="replace").splitlines()
     except OSError as e:
-        raise UserError(f"cannot read {path}: {e.strerror}; train the run with dynamics_every other than 0") from None
+        raise UserError(f"cannot read {path}: {e.strerror}; name the save_dir of a run that was trained with dynamics_every other than 0") from None
     for row in rows:
         try:
             line = json.loads(row)
