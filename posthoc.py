@@ -104,7 +104,8 @@ def reconstruct(saved, kept, sigma_rel):
     if error > WORST:
         raise UserError(f"--sigma_rel {sigma_rel:g} cannot be reconstructed from posthoc_ema.sigma_rels "
                         f"{saved['config']['posthoc_ema']['sigma_rels']} and the {len(kept)} snapshots before this "
-                        f"checkpoint: the profile would be wrong by {error:.0%}; choose a length closer to those, or a later epoch")
+                        f"checkpoint: the profile would be wrong by {error:.0%}; choose a length closer to "
+                        f"those, or a later epoch")
     total = {name: torch.zeros_like(own["averages"][0][name]) for name in own["parameters"]}
     for part, row in zip([*kept, own], x.reshape(-1, len(gammas)).tolist(), strict=True):
         for weights, factor in zip(part["averages"], row, strict=True):

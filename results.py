@@ -284,7 +284,8 @@ def read_dynamics(run):
     try:
         rows = path.read_text(errors="replace").splitlines()
     except OSError as e:
-        raise UserError(f"cannot read {path}: {e.strerror}; name the save_dir of a run that was trained with dynamics_every other than 0") from None
+        raise UserError(f"cannot read {path}: {e.strerror}; name the save_dir of a run that was trained with "
+                        f"dynamics_every other than 0") from None
     for row in rows:
         try:
             line = json.loads(row)
