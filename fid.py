@@ -362,7 +362,7 @@ def find_sets(config, args):
             settings, images = read_settings(folder), features.image_files(folder / "images")
             wanted = n or settings.get("n_samples")         # As many as sample.py was to make, of every seed.
             command = ["python", "sample.py", "--config", args.config, "--epoch", str(epoch)]
-            command += ["--sigma_rel", f"{args.sigma_rel:g}"] * (args.sigma_rel is not None)
+            command += ["--sigma_rel", str(args.sigma_rel)] * (args.sigma_rel is not None)
             command += ["--seed", str(seed)] * (seed > 0) + [word for item in args.set for word in ("--set", item)]
             command += ["--n_samples", str(wanted)] * (wanted not in (None, runtime.FULL))
             if not settings or not images:

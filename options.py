@@ -273,10 +273,10 @@ def check_together(config):
                         f"different ones, such as [0.05, 0.10]")
     if len(sigma_rels) * config["posthoc_ema"]["snapshots"] > 4000:
         raise UserError("posthoc_ema: more than 4000 snapshots of all lengths together are too many")
-    if config["eval_every"] is None and (config["eval"]["fid"] or config["eval"]["probe"]):
-        raise UserError("eval asks for an FID or a probe, but eval_every does not say every how many epochs")
     if config["eval"]["fid"] == 1:
         raise UserError("eval.fid is the number of samples: one has no covariance")
+    if config["eval_every"] is None and (config["eval"]["fid"] or config["eval"]["probe"]):
+        raise UserError("eval asks for an FID or a probe, but eval_every does not say every how many epochs")
     if diffusion["sigma_min"] >= diffusion["sigma_max"]:
         raise UserError("diffusion.sigma_min must be below diffusion.sigma_max")
 

@@ -112,6 +112,7 @@ runtime.command(main)()
     ("eval.fid=1", ["eval.fid"]),
     ("eval.features=vgg", ["eval.features", "inception"]),
     ("eval_every=0", ["eval_every"]),
+    ("eval.probe=true", ["eval_every"]),
     ("eval={prob: true}", ["did you mean eval.probe?"]),
     ("dynamics_every=-1", ["dynamics_every"]),
 ])

@@ -92,7 +92,7 @@ def test_checkpoint_holds_plain_tensors_and_values_once(trained):
     state["network"] = dict(state["network"])
     assert plain(state)
     assert set(state) == {*ALL, "ema_step", "optimizer", "scaler", "step", "epoch", "loss_sum", "window", "bad_steps",
-                          "n_images", "precision", "config"}
+                          "posthoc", "n_images", "precision", "config"}
     assert (state["step"], state["epoch"], state["ema_step"]) == (20, 1, 20)
     assert state["config"] == options.load_config(trained.parent / "config.yaml")
     net_names = set(state["network"])
@@ -332,7 +332,7 @@ def test_what_only_bad_steps_led_to_is_not_saved(tmp_path, monkeypatch):
     log = logs.Log(files.make_folder(t.config["save_dir"]), 0, True)
     saver = checkpoint.Saver(t.config, log)
     with pytest.raises(runtime.UserError, match="20 steps in a row"), contextlib.closing(saver):
-        train_script.run_steps(t, log, saver, t.rt.bar(100, "step"))
+        train_script.run_steps(t, None, log, saver, t.rt.bar(100, "step"))
     state = checkpoint.load(checkpoint.newest(t.config))
     assert 0 < state["bad_steps"] < train_script.MAX_BAD_STEPS
     t.images = t.images[:state["n_images"]]
