@@ -39,10 +39,9 @@ class Recorder:
         every = t.config["dynamics_every"]
         self.every = max(1, t.total_steps // POINTS) if every is None else every
         net, diffusion = t.edm.net, t.config["diffusion"]
-        self.blocks = {name: block for part in ("encoder", "middle", "decoder")
-                       for name, block in ((f"{part}.{i}", block) for i, block in enumerate(getattr(net, part)))}
-        self.weights = {name.removesuffix(".weight"): p for name, p in net.named_parameters() if p.ndim > 1}
         self.groups = block_groups(net, *t.config["network"]["image_shape"][1:])
+        self.blocks = {name: net.get_submodule(name) for name in self.groups if "." in name}
+        self.weights = {name.removesuffix(".weight"): p for name, p in net.named_parameters() if p.ndim > 1}
         g = torch.Generator().manual_seed(runtime.mix(0, N_IMAGES))
         index = torch.linspace(0, len(t.images) - 1, N_IMAGES).long()
         y = t.images[index.to(t.images.device)].to(t.rt.device).float() / 127.5 - 1

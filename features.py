@@ -144,7 +144,7 @@ class Extractor:
             self.label += f"-{self.sha256[:8]}"
         elif name == "inception":
             self.label = None
-        self.version = f"folded, torch-fidelity {metadata.version('torch-fidelity')}"
+        self.version = "folded, " * (name == "inception") + f"torch-fidelity {metadata.version('torch-fidelity')}"
         with rt.in_turns():                 # torch.hub fetches DINOv2's code.
             network = load_network(name, path, logits)
         self.network = network.to(self.device, memory_format=torch.channels_last)

@@ -205,7 +205,7 @@ def draw_ema(run, name=None):
     """
     from matplotlib.figure import Figure
     standard = {key: value for key, value in STANDARD.items() if key != "sigma_rel"}
-    curves = {}                             # {figure: {epoch: {sigma_rel: value}}}
+    curves = {}                             # {figure: {kind: {epoch: {sigma_rel: value}}}}
     for line in read(run, standard):
         length = (line.get("sampling") or line).get("sigma_rel")
         if length is not None:

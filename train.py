@@ -415,21 +415,25 @@ def end_epoch(t, evaluator, log, saver, signals, resumed=False):
     resumed: only what is missing, where the run was ended just then.
     """
     epoch = t.step // t.steps_per_epoch - 1
-    save_due, due = (epoch % every == 0 or epoch == t.config["n_epoch"] - 1
-                     for every in (t.config["save_every"], t.config["eval_every"] or math.inf))
+    last = epoch == t.config["n_epoch"] - 1
+    save_due = last or epoch % t.config["save_every"] == 0
     if save_due:
         save_and_draw(t, epoch, log, saver, signals, resumed)
-    if evaluator and due and not t.rt.on_main(
+    if evaluator and (last or epoch % t.config["eval_every"] == 0) and not t.rt.on_main(
             lambda: resumed and logs.holds(t.config["save_dir"], t.step, evaluation.LOSS)):
         if not save_due:
             saver.save(t.state(), checkpoint.latest_paths(t.config)[0])
-        if signum := signals.now():
-            leave(t, saver, signum)
-        signals.unsaved = not t.config["save_model"]        # A signal may end this at once: a restart does it again.
-        t.settle_ema()
-        log.write(t.step, {"epoch": epoch, "Mimg": t.step * t.config["batch_size"] / 1e6}
-                  | evaluator.figures(t.edm_ema))
-        signals.unsaved = True
+        evaluate(t, evaluator, epoch, log, saver, signals)
+
+
+def evaluate(t, evaluator, epoch, log, saver, signals):
+    """Write down what the Evaluator finds, after a save."""
+    if signum := signals.now():
+        leave(t, saver, signum)
+    signals.unsaved = not t.config["save_model"]            # A signal may end this at once: a restart does it again.
+    t.settle_ema()
+    log.write(t.step, {"epoch": epoch, "Mimg": t.step * t.config["batch_size"] / 1e6} | evaluator.figures(t.edm_ema))
+    signals.unsaved = True
 
 
 def save_and_draw(t, epoch, log, saver, signals, resumed):

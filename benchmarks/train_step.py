@@ -27,7 +27,7 @@ import options
 import runtime
 import train
 
-N_TRAIN = {"digits": 1437, "cifar10": 50_000, "cifar100": 50_000, "tinyimagenet": 100_000}      # Images.
+N_TRAIN = {"digits": 1437, "cifar10": 50_000, "cifar100": 50_000, "tinyimagenet": 100_000}      # Else 50,000 images.
 
 
 def main():
@@ -83,7 +83,7 @@ def main():
         for part in parts:
             part["step"] -= part["dynamics"]
         share = {key: statistics.median(part[key] / part["step"] for part in parts) for key in parts[0]}
-        steps = config["n_epoch"] * (N_TRAIN[config["dataset"]] // config["batch_size"])
+        steps = config["n_epoch"] * (N_TRAIN.get(config["dataset"], 50_000) // config["batch_size"])
         waiting = share["data"] + share["ema"] + share["figures"] / 50
         print(f"| {name} | {share['data']:.2%} | {share['ema']:.2%} | {share['figures'] / 50:.2%} | {waiting:.2%} "
               f"| {share['optimizer']:.2%} | {share['dynamics']:.1%} of a step "
