@@ -272,6 +272,10 @@ def draw_dynamics(runs):
                 axes.set_ylabel(title, fontsize=12)
         panels[0, column].set_title(f"Config {found[-1]['net_type'][-1]} ({run})", fontsize=12)
         panels[-1, column].set_xlabel("training images seen (millions)", fontsize=11)
+    for axes in panels[:, 0]:               # What hardly changes is to look like that, with ticks that can be read.
+        low, high = axes.get_ylim()
+        if high < 4 * low:
+            axes.set_ylim(math.sqrt(low * high) / 2, math.sqrt(low * high) * 2)
     figure.suptitle(f"Training dynamics on {NAMES.get(datasets[runs[0]], datasets[runs[0]])}: mean over the layers",
                     fontsize=13)
     figure.legend(shown.values(), shown, loc="outside right center", fontsize=11)
