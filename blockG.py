@@ -16,9 +16,14 @@ from torch import nn
 
 def normalize(x, dim, eps=1e-4, gain=1):
     """Return gain · x / (rms(x) + eps), rms over the dimensions `dim` in fp32; shape and dtype of x are kept."""
+    return (x.float() * unit_scale(x, dim, eps, gain)).to(x.dtype)  # Not x / ...: its gradient takes twice the time.
+
+
+def unit_scale(x, dim, eps=1e-4, gain=1):
+    """The factor of normalize, in fp32: gain / (rms(x) + eps), of size 1 along the dimensions `dim`."""
     norm = torch.linalg.vector_norm(x, dim=dim, keepdim=True, dtype=torch.float32)
     rms = norm * math.sqrt(norm.numel() / x.numel())
-    return (x.float() * (gain / (rms + eps))).to(x.dtype)  # Not x / (...): its gradient takes twice the time.
+    return gain / (rms + eps)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -33,7 +38,7 @@ def magnitude_preserving(weight, training):
     dim = tuple(range(1, weight.ndim))
     if training:
         stored = weight.detach()        # Not under no_grad: torch.compile's gradient would see the old weight.
-        stored.copy_(normalize(stored, dim))
+        stored.mul_(unit_scale(stored, dim))
     return normalize(weight, dim, gain=1 / math.sqrt(weight[0].numel()))
 
 

@@ -9,7 +9,7 @@ import torch
 
 import runtime
 
-POINTS = 200        # Records over a run, unless the config says otherwise.
+POINTS, APART = 200, 20     # Records over a run and steps between two, at least, unless the config says otherwise.
 N_IMAGES = 8        # That the activations are of.
 
 
@@ -25,6 +25,11 @@ def block_groups(net, H, W):
     return groups
 
 
+def default_every(total_steps):
+    """Steps between records, such that they take less than 1 % of the time (benchmarks/README.md)."""
+    return max(APART, total_steps // POINTS)
+
+
 class Recorder:
     """The root mean squares (RMS) that a run's dynamics consist of, in the main process.
 
@@ -37,7 +42,7 @@ class Recorder:
     def __init__(self, training):
         t = self.training = training
         every = t.config["dynamics_every"]
-        self.every = max(1, t.total_steps // POINTS) if every is None else every
+        self.every = default_every(t.total_steps) if every is None else every
         net, diffusion = t.edm.net, t.config["diffusion"]
         self.groups = block_groups(net, *t.config["network"]["image_shape"][1:])
         self.blocks = {name: net.get_submodule(name) for name in self.groups if "." in name}

@@ -174,7 +174,7 @@ KEYS = {
     "seed": (integer(0, 2**62), 0),
     "load_epoch": (integer(-1, MOST), -1),                  # Go on from this checkpoint; -1: from the newest, if any.
     # Measured on the way.
-    "dynamics_every": (optional(integer(0, MOST)), None),   # Steps between records; null: about 200 a run; 0: none.
+    "dynamics_every": (optional(integer(0, MOST)), None),   # Steps between records; null: 200 a run at most; 0: none.
     "eval_every": (optional(integer(1, MOST)), None),       # Epochs between evaluations of the EMA; null: none.
     "eval": {
         "images": (optional(integer(1, MOST)), None),       # Test images of the held-out loss; null: all.

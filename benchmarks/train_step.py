@@ -77,7 +77,7 @@ def main():
         print(f"\nTimes faster than the peer in the plain loop: {name} by train.py {ours:.2f}, in the plain loop "
               f"{loop:.2f}")
     print("\n| train.py | data (draws, look-up) | EMA | figures, every 50 steps | together | optimizer | a record of "
-          "dynamics | 200 of them in the run |\n" + "|---" * 8 + "|")
+          "dynamics | all of them in the run |\n" + "|---" * 8 + "|")
     for name, config in configs.items():
         parts = alternate({name: (shares, config | {"dynamics_every": 1}, args.amp_dtype)}, 5)[name].returned
         for part in parts:
@@ -87,7 +87,7 @@ def main():
         waiting = share["data"] + share["ema"] + share["figures"] / 50
         print(f"| {name} | {share['data']:.2%} | {share['ema']:.2%} | {share['figures'] / 50:.2%} | {waiting:.2%} "
               f"| {share['optimizer']:.2%} | {share['dynamics']:.1%} of a step "
-              f"| {share['dynamics'] / max(1, steps // dynamics.POINTS):.2%} |", flush=True)
+              f"| {share['dynamics'] / dynamics.default_every(steps):.2%} |", flush=True)
     if args.profile:
         found = {f"{name}, {way}": alternate({way: (profile, make, config, args.amp_dtype)}, 1, 1)[way].returned[0]
                  for name, config in configs.items() for way, make in (("train.py", fast), ("plain", plain))}

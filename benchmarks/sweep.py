@@ -1,0 +1,214 @@
+"""The search for Config G's recipe: variants of it beside C and E, at equal images seen, each with several seeds.
+
+    python benchmarks/sweep.py --data digits --save_dir runs/sweep
+    python benchmarks/sweep.py --data cifar10 --data_root ../shared/data --only C E G "G lrate"
+
+Trains with train.py, on the CPU one run per core; what has been trained and scored is not done again. Each run is
+scored with its plain EMA and with post-hoc EMAs of LENGTHS: the held-out loss and FD(pixels) of samples. The table has
+the mean and standard deviation over the seeds; docs/config-g.md says what follows from it.
+"""
+
+import argparse
+import contextlib
+import json
+import math
+import multiprocessing
+import os
+import shlex
+import statistics
+import sys
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
+
+from sides import ROOT, machine
+
+import checkpoint
+import data
+import edm
+import evaluation
+import options
+import runtime
+import train
+from runtime import UserError
+
+LENGTHS = (0.05, 0.10, 0.18)      # sigma_rel of the post-hoc EMAs, beside the plain one.
+COMMON = ["posthoc_ema.sigma_rels=[0.05,0.1]", "posthoc_ema.snapshots=32", "save_every=1000000", "n_sample=16",
+          "eval.features=pixels"]
+SAMPLES = 500                           # Of FD(pixels).
+
+# What a run is, beside config/<data>/<C, E or G>.yaml.
+DATA = {
+    "digits": ["eval_every=20"],
+    # A 32x32 network that sees 100,000 images within minutes of one core. The schedule of the shipped config is kept
+    # in proportion: warm-up over a tenth of the run, decay from a fifth on.
+    "cifar10": ["network.n_channels=16", "network.ch_mults=[1,2,4]", "network.is_attn=[false,false,true]",
+                "network.attn_channels_per_head=16", "network.n_blocks=2", "n_epoch=2", "batch_size=64",
+                "warm_epoch=0.2", "ema=0.998", "eval.images=1000", "eval_every=1"],
+}
+DECAY = {"digits": [], "cifar10": ["tref_epoch=0.4"]}       # Of E and G.
+
+# Name: config, what is changed. "gain": where the conditioning gains begin, of no key.
+VARIANTS = {
+    "C": ("C", {}),
+    "E": ("E", {}),
+    "G": ("G", {}),
+    **{f"{config} lrate x{factor:g}": (config, {"lrate": factor})
+       for config in "CEG" for factor in (0.25, 0.5, 2, *([4] if config == "G" else []))},
+    "G betas .9, .999": ("G", {"optim_args.betas": "[0.9,0.999]"}),
+    "G betas .9, .95": ("G", {"optim_args.betas": "[0.9,0.95]"}),
+    "G betas 0, .99": ("G", {"optim_args.betas": "[0,0.99]"}),
+    **{f"{config} dropout {rate}": (config, {"network.dropout": rate}) for config in "CEG" for rate in (0.0, 0.13)},
+    "G warm-up none": ("G", {"warm_epoch": 0}),
+    "G warm-up long": ("G", {"warm_epoch": 0.2}),           # Of the run.
+    "G no decay": ("G", {"tref_epoch": "null"}),
+    "G gain from 1": ("G", {"gain": 1.0}),
+    "G heads narrower": ("G", {"network.attn_channels_per_head": 16}),
+    "G one head": ("G", {"network.attn_channels_per_head": "null"}),
+}
+
+
+def main():
+    """Train and score what is missing, print the table."""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--data", choices=list(DATA), default="digits")
+    p.add_argument("--data_root", default="data")
+    p.add_argument("--save_dir", default="runs/sweep")
+    p.add_argument("--seeds", type=int, default=3)
+    p.add_argument("--only", nargs="+", metavar="NAME", help="variants that are so called or begin so (default: all)")
+    p.add_argument("--jobs", type=int, default=runtime.cores(), help="runs at a time")
+    p.add_argument("--amp_dtype", choices=["float16", "bfloat16"])
+    p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key in all runs")
+    args = p.parse_args()
+    chosen = [name for name in VARIANTS
+              if not args.only or any(name == word or (len(word) > 1 and name.startswith(word)) for word in args.only)]
+    runs = [(name, seed) for seed in range(args.seeds) for name in chosen]
+    found = {name: [] for name in chosen}
+    context = multiprocessing.get_context("spawn")
+    slots = context.Queue()
+    for slot in range(args.jobs):
+        slots.put(slot)
+    with ProcessPoolExecutor(args.jobs, context, own_cores, (slots, args.jobs)) as pool:
+        futures = {pool.submit(score, *run, args): run for run in runs}
+        for future in as_completed(futures):
+            name, seed = futures[future]
+            try:
+                found[name].append(future.result())
+            except UserError as e:
+                print(f"{name}, seed {seed}, is left out: {e}", file=sys.stderr, flush=True)
+            else:
+                print(f"{name}, seed {seed}: {found[name][-1]['plain']}", file=sys.stderr, flush=True)
+    print(f"`{shlex.join(['python', *sys.argv])}`, {machine()}\n")
+    print(table(found))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A run.
+
+def own_cores(slots, jobs):
+    """Take this process's share of the cores, which runtime.start() counts."""
+    if hasattr(os, "sched_setaffinity"):
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, cores[slots.get() % len(cores)::jobs])
+
+
+def score(name, seed, args):
+    """Train a variant with a seed and score it. Return what scores.json holds then:
+    {"plain": {figure: value}, "0.05": ..., "activations": [least, most], "Mimg": ...}."""
+    folder = Path(args.save_dir) / args.data / "-".join(name.replace(",", "").split()) / str(seed)
+    path = folder / "scores.json"
+    if path.exists():
+        return json.loads(path.read_text())
+    config_path, overrides, gain = described(name, seed, folder, args)
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "output.txt", "a") as out, contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+        flags = [word for override in overrides for word in ("--set", override)]
+        precision = ["--amp_dtype", args.amp_dtype] if args.amp_dtype else []
+        command = ["train.py", "--config", str(config_path), *flags, *precision]
+        build = edm.build if gain is None else begun_at(gain, edm.build)
+        with mock.patch.object(sys, "argv", command), mock.patch.object(edm, "build", build):
+            train.main()
+        found = scores(options.load_config(config_path, [*overrides, f"eval.fid={SAMPLES}"]), args)
+    path.write_text(json.dumps(found))
+    return found
+
+
+def described(name, seed, folder, args):
+    """The YAML of a variant, the overrides, and where the gains begin (None: as the network says)."""
+    letter, changes = VARIANTS[name]
+    path = ROOT / "config" / args.data / f"{letter}.yaml"
+    overrides = [*COMMON, *DATA[args.data], *(DECAY[args.data] if letter in "EG" else []),
+                 f"data_root={args.data_root}", f"save_dir={folder}", f"seed={seed}", *args.set]
+    base = options.load_config(path, overrides)
+    changes = dict(changes)
+    gain = changes.pop("gain", None)
+    for key, value in changes.items():
+        if key == "lrate":
+            value *= base["lrate"]
+        if key == "warm_epoch":
+            value *= base["n_epoch"]
+        overrides.append(f"{key}={value}")
+    return path, overrides, gain
+
+
+def begun_at(gain, build):
+    """edm.build, but of networks whose conditioning gains begin at `gain`."""
+    def built(*arguments, **named):
+        denoiser = build(*arguments, **named)
+        for name, p in denoiser.net.named_parameters():
+            if name.endswith(".gain"):
+                p.data.fill_(gain)
+        return denoiser
+    return built
+
+
+def scores(config, args):
+    """What score() returns, of a run that is done."""
+    rt = runtime.start()
+    flags = SimpleNamespace(use_amp=bool(args.amp_dtype), amp_dtype=args.amp_dtype, channels_last=True, compile=None,
+                            batch_gpu=None)
+    evaluator = evaluation.Evaluator(config, flags, rt, *data.load(config))
+    epoch = checkpoint.find(config)
+    found = {"Mimg": config["n_epoch"] * (len(evaluator.train[0]) // config["batch_size"]) * config["batch_size"] / 1e6}
+    for length in (None, *LENGTHS):
+        denoiser = checkpoint.load_edm(config, epoch, "ema", flags, rt.device, length)
+        found["plain" if length is None else f"{length:g}"] = evaluator.figures(denoiser)
+    records = [json.loads(line) for line in (Path(config["save_dir"]) / "dynamics.jsonl").read_text().splitlines()]
+    values = [value if value is not None else math.inf for record in records
+              for blocks in record["activation"].values() for value in blocks.values()]
+    return found | {"activations": [min(values), max(values)]}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The table.
+
+def table(found):
+    """Markdown: a row per variant of {variant: [scores of each seed]}."""
+    head = ["variant", "seeds", "Mimg", "held-out loss, plain EMA", "held-out loss, best EMA", "FD(pixels), plain EMA",
+            "FD(pixels), best EMA", "activations (RMS), least to most"]
+    lines = [head, ["---"] * len(head)]
+    for name, runs in found.items():
+        if not runs:
+            lines.append([name, "0", *["-"] * (len(head) - 2)])
+            continue
+        distance = next(key for key in runs[0]["plain"] if key.startswith("FD"))
+        cells = [name, str(len(runs)), f"{runs[0]['Mimg']:.3g}"]
+        for figure in (evaluation.LOSS, distance):
+            cells.append(mean_and_deviation([run["plain"][figure] for run in runs]))
+            # The length that is best on average.
+            best = min(map("{:g}".format, LENGTHS), key=lambda key: sum(run[key][figure] for run in runs))
+            cells.append(f"{mean_and_deviation([run[best][figure] for run in runs])} at {best}")
+        least, most = zip(*(run["activations"] for run in runs), strict=True)
+        lines.append([*cells, f"{min(least):.2f} to {max(most):.3g}"])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def mean_and_deviation(values):
+    """Such as "0.7571 ± 0.0021"."""
+    spread = f" ± {statistics.stdev(values):.2g}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.4g}{spread}"
+
+
+if __name__ == "__main__":
+    main()
