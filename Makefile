@@ -1,4 +1,5 @@
 # make demo: train on the built-in digits, sample, score, show where the pictures are.
+# make dynamics: train Configs C, E and G on them, draw their training dynamics: docs/dynamics.png.
 # make test: ruff and pytest.    make test-slow: the long tests, of faults, restarts and bad input above all.
 # Each sets itself up in .venv first; done again, that takes no time. Needs Python 3.11 or newer: make demo PYTHON=python3.12
 
@@ -6,7 +7,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO := --config config/digits/G.yaml
 
-.PHONY: demo test test-slow clean
+.PHONY: demo dynamics test test-slow clean
 
 demo: .venv/installed
 	$(BIN)/python train.py $(DEMO)
@@ -15,6 +16,10 @@ demo: .venv/installed
 	$(BIN)/python probe.py $(DEMO)
 	$(BIN)/python results.py runs/digits/G --out runs/digits/G/results.png
 	@echo "Watch the training curves: $(BIN)/tensorboard --logdir runs/digits/G/tensorboard"
+
+dynamics: .venv/installed
+	for c in C E G; do $(BIN)/python train.py --config config/digits/$$c.yaml || exit; done
+	$(BIN)/python results.py --dynamics runs/digits/C runs/digits/E runs/digits/G --out docs/dynamics.png
 
 test: .venv/installed-dev
 	$(BIN)/ruff check .

@@ -292,7 +292,7 @@ class Saver:
                 return
             if torch.cuda.is_available():   # A copy may have been there at the peak.
                 self.peak = max(self.peak, torch.cuda.max_memory_allocated() - self.copied)
-                self.copied = sum(tensor.nbytes for tensor in tensors(state))
+                self.copied = max(self.copied, sum(tensor.nbytes for tensor in tensors(state)))
             try:
                 copy = copied(state, self.peak)
             except (RuntimeError, MemoryError) as e:

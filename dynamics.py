@@ -9,7 +9,7 @@ import torch
 
 import runtime
 
-POINTS, APART = 200, 20     # Records over a run and steps between two, at least, unless the config says otherwise.
+POINTS, APART = 200, 20     # Records over a run at most and steps between two at least, if the config does not say.
 N_IMAGES = 8        # That the activations are of.
 
 
@@ -27,7 +27,7 @@ def block_groups(net, H, W):
 
 def default_every(total_steps):
     """Steps between records, such that they take less than 1 % of the time (benchmarks/README.md)."""
-    return max(APART, total_steps // POINTS)
+    return max(APART, -(-total_steps // POINTS))
 
 
 class Recorder:

@@ -31,6 +31,10 @@ class Evaluator:
                 self.test = data.load(config, train=False)
         except UserError as e:
             raise UserError(f"eval_every needs the test set, or null: {e}") from None
+        n = len(self.test[0])
+        self.chosen = self.test[0]
+        if self.ask["images"] and self.ask["images"] < n:       # Spread over the set: a folder's is sorted by class.
+            self.chosen = self.test[0][torch.linspace(0, n - 1, self.ask["images"]).long()]
         self.train = images, labels
         self.args = SimpleNamespace(seed=0, batch_gpu=args.batch_gpu, passes=1, timesteps=None, blocks=None, grid=False)
         if self.ask["probe"]:
@@ -42,7 +46,7 @@ class Evaluator:
 
     def figures(self, denoiser):
         """{name: value} of an EDM, in all processes, which share the work; the same however many they are."""
-        found = held_out_loss(denoiser, self.test[0][:self.ask["images"]], self.rt, self.args.batch_gpu)
+        found = held_out_loss(denoiser, self.chosen, self.rt, self.args.batch_gpu)
         for asked, measure in ((self.ask["fid"], self.sampled_fid), (self.ask["probe"], self.probed)):
             try:
                 found |= measure(denoiser) if asked else {}

@@ -121,7 +121,7 @@ def optional(check):
 REQUIRED = object()
 MOST = 10**9        # Of what can be counted or measured: no run comes near it, and no arithmetic breaks below it.
 MAX_LEVELS = 8
-SIGMA_REL = 0.01, 0.28      # Of an EMA; what is longer than 0.289 is none of power functions.
+SIGMA_REL = 0.02, 0.28      # Of an EMA: for shorter ones a snapshot's rounding counts; none is longer than 0.289.
 MAX_WIDTH = 8192    # Channels of a level.
 
 # Image shapes (C,H,W) of the data sets that have only one.
@@ -174,10 +174,10 @@ KEYS = {
     "seed": (integer(0, 2**62), 0),
     "load_epoch": (integer(-1, MOST), -1),                  # Go on from this checkpoint; -1: from the newest, if any.
     # Measured on the way.
-    "dynamics_every": (optional(integer(0, MOST)), None),   # Steps between records; null: 200 a run at most; 0: none.
+    "dynamics_every": (optional(integer(0, MOST)), None),   # Steps between records; null: about 200 a run; 0: none.
     "eval_every": (optional(integer(1, MOST)), None),       # Epochs between evaluations of the EMA; null: none.
     "eval": {
-        "images": (optional(integer(1, MOST)), None),       # Test images of the held-out loss; null: all.
+        "images": (optional(integer(1, MOST)), None),       # Test images of the held-out loss, spread over all (null).
         "fid": (integer(0, MOST), 0),                       # Samples of an FID; 0: none.
         "features": (one_of("inception", "dinov2-vit-b-14", "pixels"), "inception"),        # Its features.
         "probe": (boolean, False),                          # A linear probe, as `linear` says.
@@ -417,7 +417,7 @@ def parser(docstring, config_required=True):
 def sigma_rel_flag(p):
     """Add the flag of the commands that use an EMA."""
     p.add_argument("--sigma_rel", type=argument(number(*SIGMA_REL)), metavar="S",
-                   help="with the EMA of this relative length, 0.01 to 0.28 (of a run with posthoc_ema.sigma_rels)")
+                   help="with the EMA of this relative length, 0.02 to 0.28 (of a run with posthoc_ema.sigma_rels)")
 
 
 def network_flags(p):

@@ -37,7 +37,10 @@ def main():
     if args.figure and not args.ema:
         p.error("--figure needs --ema")
     if args.dynamics:
-        save_figure(draw_dynamics(list(dict.fromkeys(args.dynamics))), args.out or "dynamics.png")
+        records = same_data({run: read_dynamics(run) for run in args.dynamics})
+        print(dynamics_table(records))
+        print()
+        save_figure(draw_dynamics(records), args.out or "dynamics.png")
         return
     if args.ema:
         save_figure(draw_ema(args.ema, args.figure), args.out or "ema.png")
@@ -229,7 +232,8 @@ def draw_ema(run, name=None):
             axes.plot(sorted(values), [values[length] for length in sorted(values)], "o-", label=f"epoch {epoch}")
         axes.set_title(f"{run}: {kind}")
         axes.set_xlabel("relative EMA length, sigma_rel")
-        axes.set_ylabel(f"{kind}, less is better" if is_distance(kind) else f"{kind}, more is better")
+        less = is_distance(kind) or kind.startswith(("KID", "KD("))
+        axes.set_ylabel(f"{kind}, {'less' if less else 'more'} is better")
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
     return figure
@@ -241,21 +245,45 @@ def draw_ema(run, name=None):
 ROWS = {"activation": "activations (RMS)", "weight": "weights (RMS)", "update": "update / weight (RMS)"}
 
 
-def draw_dynamics(runs):
-    """Draw what dynamics.Recorder left: a column per run, a row per kind, a line per part and resolution; log scale.
-
-    Raises UserError for a run without records, and for runs of different data sets.
-    """
-    from matplotlib.figure import Figure
-    records = {run: read_dynamics(run) for run in runs}
+def same_data(records):
+    """Return {run: records}. Raises UserError where the runs are of different data sets."""
     datasets = {run: found[-1]["dataset"] for run, found in records.items()}
     if len(set(datasets.values())) > 1:
         raise UserError("--dynamics compares runs of the same data, but "
                         + ", ".join(f"{run} is of {dataset}" for run, dataset in datasets.items()))
+    return records
+
+
+def dynamics_table(records):
+    """Markdown, a row per run: how far single blocks and weights went, which the figure's means do not show."""
+    def spans(found, kind):                 # {block or weight: (least, most)}
+        series = {}
+        for line in found:
+            for values in line[kind].values():
+                for name, value in values.items():
+                    series.setdefault(name, []).append(math.inf if value is None else value)
+        return {name: (min(values), max(values)) for name, values in series.items()}
+
+    rows = ["| run | activations of a block (RMS), least to most | largest change of a weight's RMS | update / weight "
+            "(RMS) of a layer at the end, least to most |", "|---" * 4 + "|"]
+    for run, found in records.items():
+        least, most = zip(*spans(found, "activation").values(), strict=True)
+        change, name = max(((high - low) / low if low and math.isfinite(high) else math.inf, name)
+                           for name, (low, high) in spans(found, "weight").items())
+        slowest, fastest = zip(*spans(found[-1:], "update").values(), strict=True)
+        rows.append(f"| {run} | {min(least):.2f} to {max(most):.3g} | {change:.3%} ({name}) | {min(slowest):.2g} to "
+                    f"{max(fastest):.2g} |")
+    return "\n".join(rows)
+
+
+def draw_dynamics(records):
+    """Draw what dynamics.Recorder left, {run: records}: a column per run, a row per kind, a line per part and
+    resolution; log scale."""
+    from matplotlib.figure import Figure
     sizes = sorted({group.partition(" ")[2] for found in records.values() for line in found for kind in ROWS
                     for group in line[kind]} - {""}, key=lambda size: -int(size.partition("x")[0]))
-    figure = Figure(figsize=(4.2 * len(runs) + 1.8, 8.4), layout="constrained", dpi=150)
-    panels = figure.subplots(len(ROWS), len(runs), squeeze=False, sharey="row", sharex=True)
+    figure = Figure(figsize=(4.2 * len(records) + 1.8, 8.4), layout="constrained", dpi=150)
+    panels = figure.subplots(len(ROWS), len(records), squeeze=False, sharey="row", sharex=True)
     shown = {}
     for column, (run, found) in enumerate(records.items()):
         for axes, (kind, title) in zip(panels[:, column], ROWS.items(), strict=True):
@@ -276,8 +304,7 @@ def draw_dynamics(runs):
         low, high = axes.get_ylim()
         if high < 4 * low:
             axes.set_ylim(math.sqrt(low * high) / 2, math.sqrt(low * high) * 2)
-    figure.suptitle(f"Training dynamics on {NAMES.get(datasets[runs[0]], datasets[runs[0]])}: mean over the layers",
-                    fontsize=13)
+    figure.suptitle(f"Training dynamics on {NAMES[found[-1]['dataset']]}: mean over the layers", fontsize=13)
     figure.legend(shown.values(), shown, loc="outside right center", fontsize=11)
     return figure
 
@@ -296,6 +323,8 @@ def read_dynamics(run):
             for group, values in ((group, values) for kind in ROWS for group, values in line[kind].items()):
                 mean(values.values())
                 int(group.partition(" ")[2].partition("x")[0] or 0)
+            if not all(line[kind] and all(line[kind].values()) for kind in ROWS):
+                raise ValueError
             if not math.isfinite(line["Mimg"]) or not line["net_type"][-1:].isalpha() or line["dataset"] not in NAMES:
                 raise ValueError
             found.append(line)

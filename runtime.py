@@ -245,11 +245,11 @@ def start():
 
 def keep_freed_memory():
     """Let glibc keep what is freed for the next tensors: the system would give back every page anew, filled with zeros
-    (5 % of a step on the CPU, benchmarks/README.md). Elsewhere nothing happens."""
+    (benchmarks/README.md). Elsewhere nothing happens."""
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-3, 2 ** 30)                # M_MMAP_THRESHOLD: tensors come from the heap,
-        mallopt(-1, 2 ** 31 - 1)            # M_TRIM_THRESHOLD: which does not shrink.
+        if mallopt(-3, 2 ** 30) or mallopt(-3, 2 ** 25):        # M_MMAP_THRESHOLD (an old glibc takes 2^25 at most):
+            mallopt(-1, 2 ** 31 - 1)        # tensors come from the heap, which (M_TRIM_THRESHOLD) does not shrink.
 
 
 def cores():

@@ -22,6 +22,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
+from PIL import Image
 from sides import ROOT, machine
 
 import checkpoint
@@ -41,30 +42,32 @@ SAMPLES = 500                           # Of FD(pixels).
 # What a run is, beside config/<data>/<C, E or G>.yaml.
 DATA = {
     "digits": ["eval_every=20"],
-    # A 32x32 network that sees 100,000 images within minutes of one core. The schedule of the shipped config is kept
-    # in proportion: warm-up over a tenth of the run, decay from a fifth on.
-    "cifar10": ["network.n_channels=16", "network.ch_mults=[1,2,4]", "network.is_attn=[false,false,true]",
-                "network.attn_channels_per_head=16", "network.n_blocks=2", "n_epoch=2", "batch_size=64",
-                "warm_epoch=0.2", "ema=0.998", "eval.images=1000", "eval_every=1"],
+    # CIFAR-10 at 16x16 and a small network: 100,000 images within minutes of one core.
+    "cifar10": ["dataset=folder", "network.image_shape=[3,16,16]", "network.n_channels=16", "network.ch_mults=[1,2,2]",
+                "network.is_attn=[false,true,false]", "network.attn_channels_per_head=16", "network.n_blocks=2",
+                "n_epoch=2", "batch_size=64", "warm_epoch=0.1", "ema=0.998", "eval.images=1000", "eval_every=1"],
 }
-DECAY = {"digits": [], "cifar10": ["tref_epoch=0.4"]}       # Of E and G.
+# For so few images the rates of the digits, not of the shipped configs; E's and G's fall from a fifth of the run on.
+OWN = {"digits": {"C": [], "E": [], "G": []},
+       "cifar10": {"C": ["lrate=1e-3"], "E": ["lrate=1e-2", "tref_epoch=0.4"], "G": ["lrate=1e-2", "tref_epoch=0.4"]}}
 
-# Name: config, what is changed. "gain": where the conditioning gains begin, of no key.
+# Name: config, what is changed: rate and heads as multiples of the base's, warm-up as a share of the run; "gain", which
+# is no key: where the conditioning gains begin.
 VARIANTS = {
     "C": ("C", {}),
     "E": ("E", {}),
     "G": ("G", {}),
     **{f"{config} lrate x{factor:g}": (config, {"lrate": factor})
-       for config in "CEG" for factor in (0.25, 0.5, 2, *([4] if config == "G" else []))},
+       for config in "CEG" for factor in (0.25, 0.5, 2, 4, 8)},
     "G betas .9, .999": ("G", {"optim_args.betas": "[0.9,0.999]"}),
     "G betas .9, .95": ("G", {"optim_args.betas": "[0.9,0.95]"}),
     "G betas 0, .99": ("G", {"optim_args.betas": "[0,0.99]"}),
     **{f"{config} dropout {rate}": (config, {"network.dropout": rate}) for config in "CEG" for rate in (0.0, 0.13)},
     "G warm-up none": ("G", {"warm_epoch": 0}),
-    "G warm-up long": ("G", {"warm_epoch": 0.2}),           # Of the run.
+    "G warm-up long": ("G", {"warm_epoch": 0.2}),
     "G no decay": ("G", {"tref_epoch": "null"}),
     "G gain from 1": ("G", {"gain": 1.0}),
-    "G heads narrower": ("G", {"network.attn_channels_per_head": 16}),
+    "G heads half as wide": ("G", {"network.attn_channels_per_head": 0.5}),
     "G one head": ("G", {"network.attn_channels_per_head": "null"}),
 }
 
@@ -81,8 +84,10 @@ def main():
     p.add_argument("--amp_dtype", choices=["float16", "bfloat16"])
     p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key in all runs")
     args = p.parse_args()
-    chosen = [name for name in VARIANTS
-              if not args.only or any(name == word or (len(word) > 1 and name.startswith(word)) for word in args.only)]
+    if args.data == "cifar10":
+        args.data_root = as_folders(args.data_root, Path(args.save_dir) / "images")
+    chosen = [name for name in VARIANTS if changes_something(name, args) and (not args.only or any(
+        name == word or (len(word) > 1 and name.startswith(word)) for word in args.only))]
     runs = [(name, seed) for seed in range(args.seeds) for name in chosen]
     found = {name: [] for name in chosen}
     context = multiprocessing.get_context("spawn")
@@ -103,6 +108,20 @@ def main():
     print(table(found))
 
 
+def as_folders(data_root, out):
+    """Write CIFAR-10 to a folder as PNGs, for a data set that can have another size, unless that is done. Return it."""
+    if not (out / "done").exists():
+        config = options.load_config(ROOT / "config" / "cifar10" / "C.yaml", [f"data_root={data_root}"])
+        for part in ("train", "val"):
+            images, labels = data.load(config, train=part == "train")
+            for label in range(config["classes"]):
+                (out / part / str(label)).mkdir(parents=True, exist_ok=True)
+            for i, (image, label) in enumerate(zip(images, labels.tolist(), strict=True)):
+                Image.fromarray(image.permute(1, 2, 0).numpy()).save(out / part / str(label) / f"{i:05d}.png")
+        (out / "done").touch()
+    return out
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # A run.
 
@@ -115,12 +134,16 @@ def own_cores(slots, jobs):
 
 def score(name, seed, args):
     """Train a variant with a seed and score it. Return what scores.json holds then:
-    {"plain": {figure: value}, "0.05": ..., "activations": [least, most], "Mimg": ...}."""
+    {"plain": {figure: value}, "0.05": ..., "activations": [least, most], "Mimg": ..., "config": ...}.
+    Raises UserError where it holds a run of another config."""
     folder = Path(args.save_dir) / args.data / "-".join(name.replace(",", "").split()) / str(seed)
-    path = folder / "scores.json"
-    if path.exists():
-        return json.loads(path.read_text())
     config_path, overrides, gain = described(name, seed, folder, args)
+    config, path = options.load_config(config_path, [*overrides, f"eval.fid={SAMPLES}"]), folder / "scores.json"
+    if path.exists():
+        found = json.loads(path.read_text())
+        if found["config"] != config:
+            raise UserError(f"{folder} holds a run of another config: remove it, or choose another --save_dir")
+        return found
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "output.txt", "a") as out, contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
         flags = [word for override in overrides for word in ("--set", override)]
@@ -129,7 +152,7 @@ def score(name, seed, args):
         build = edm.build if gain is None else begun_at(gain, edm.build)
         with mock.patch.object(sys, "argv", command), mock.patch.object(edm, "build", build):
             train.main()
-        found = scores(options.load_config(config_path, [*overrides, f"eval.fid={SAMPLES}"]), args)
+        found = scores(config, args)
     path.write_text(json.dumps(found))
     return found
 
@@ -138,18 +161,27 @@ def described(name, seed, folder, args):
     """The YAML of a variant, the overrides, and where the gains begin (None: as the network says)."""
     letter, changes = VARIANTS[name]
     path = ROOT / "config" / args.data / f"{letter}.yaml"
-    overrides = [*COMMON, *DATA[args.data], *(DECAY[args.data] if letter in "EG" else []),
-                 f"data_root={args.data_root}", f"save_dir={folder}", f"seed={seed}", *args.set]
+    overrides = [*COMMON, *DATA[args.data], *OWN[args.data][letter], f"data_root={args.data_root}",
+                 f"save_dir={folder}", f"seed={seed}", *args.set]
     base = options.load_config(path, overrides)
-    changes = dict(changes)
-    gain = changes.pop("gain", None)
     for key, value in changes.items():
         if key == "lrate":
             value *= base["lrate"]
         if key == "warm_epoch":
             value *= base["n_epoch"]
-        overrides.append(f"{key}={value}")
-    return path, overrides, gain
+        if key.endswith("per_head") and value != "null":
+            value = round(value * base["network"]["attn_channels_per_head"])
+        if key != "gain":
+            overrides.append(f"{key}={value}")
+    return path, overrides, changes.get("gain")
+
+
+def changes_something(name, args):
+    """Whether a variant differs from its config: a base does not, but counts."""
+    letter, _ = VARIANTS[name]
+    (path, overrides, gain), (_, base, _) = (described(n, 0, "runs", args) for n in (name, letter))
+    return name == letter or gain is not None or (options.load_config(path, overrides)
+                                                  != options.load_config(path, base))
 
 
 def begun_at(gain, build):
@@ -177,7 +209,7 @@ def scores(config, args):
     records = [json.loads(line) for line in (Path(config["save_dir"]) / "dynamics.jsonl").read_text().splitlines()]
     values = [value if value is not None else math.inf for record in records
               for blocks in record["activation"].values() for value in blocks.values()]
-    return found | {"activations": [min(values), max(values)]}
+    return found | {"activations": [min(values), max(values)], "config": config}
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ import argparse
 import shlex
 import statistics
 import sys
+import tempfile
 import time
 from types import SimpleNamespace
 
@@ -23,6 +24,7 @@ from sides import ROOT, alternate, machine, times_faster
 import data
 import dynamics
 import edm
+import logs
 import options
 import runtime
 import train
@@ -266,10 +268,13 @@ def shares(config, amp_dtype):
     t.ema.update, t.optimizer.step = timed("ema", t.ema.update), timed("optimizer", t.optimizer.step)
     meter = train.Meter(t)
     read = timed("figures", meter.read)
+    log = logs.Log(tempfile.mkdtemp(), 0, True)
+    write = timed("dynamics", log.dynamics)
 
     def one_step(index):
         grad_norm = t.training_step(index)
         t.settle_ema()
+        write(t.step, t.recorder.take())
         return grad_norm
 
     def step():

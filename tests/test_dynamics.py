@@ -9,6 +9,8 @@ from conftest import NETS, metrics, run, succeed, tiny_config
 from PIL import Image
 from test_train import training
 
+from dynamics import default_every
+
 
 def records(save_dir):
     return [json.loads(line) for line in (save_dir / "dynamics.jsonl").read_text().splitlines()]
@@ -97,7 +99,7 @@ def test_what_is_not_finite_is_left_open(tmp_path):
 
 
 def test_a_run_records_and_goes_on(tmp_path):
-    """200 points at most by default; what comes after the checkpoint that a run goes on from is dropped; two processes
+    """What comes after the checkpoint that a run goes on from is dropped; two processes
     record what one does; TensorBoard has it in groups."""
     config = tiny_config(tmp_path, "UNetG", n_epoch=1, dynamics_every=3)
     succeed("train.py", "--config", config)
@@ -116,6 +118,10 @@ def test_a_run_records_and_goes_on(tmp_path):
                  b"dynamics_decoder/update_4x4_middle.0.conv0"):
         assert word in board
     assert all("activation" not in line for line in metrics(tmp_path / "run"))
+
+
+def test_the_default_is_200_records_20_steps_apart():
+    assert [default_every(steps) for steps in (1, 1320, 4000, 4001, 8000, 1_000_000)] == [20, 20, 20, 21, 40, 5000]
 
 
 def test_compiled_training_is_recorded_and_unchanged(tmp_path):
@@ -153,6 +159,7 @@ def test_dynamics_are_drawn(tmp_path):
     done = succeed("results.py", "--dynamics", write(tmp_path / "c", net_type="UNetC"), write(tmp_path / "g"),
                    "--out", out)
     assert str(out) in done
+    assert "| 0.50 to inf | inf% (decoder.1) | 0.5 to inf |" in done      # None: it was NaN or Inf.
     with Image.open(out) as image:
         assert image.width > 1200 and len(image.convert("RGB").getcolors(1 << 20)) > 50
 
@@ -161,7 +168,8 @@ def test_bad_input(tmp_path):
     good, other = write(tmp_path / "g"), write(tmp_path / "o", dataset="cifar10")
     empty = tmp_path / "empty"
     empty.mkdir()
-    (empty / "dynamics.jsonl").write_text('{"step": 1}\n')
+    (empty / "dynamics.jsonl").write_text('{"step": 1}\n' + (good / "dynamics.jsonl").read_text().replace(
+        '{"encoder.0": 1.0}', "{}"))
     for arguments, words in (
             (["--dynamics", tmp_path / "no"], ["cannot read", "dynamics_every"]),
             (["--dynamics", empty], ["no records"]),

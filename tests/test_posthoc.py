@@ -1,5 +1,6 @@
 """Post-hoc EMA: averages of any length from two that were tracked, against the same length tracked directly."""
 
+import copy
 import json
 
 import pytest
@@ -10,6 +11,7 @@ from ema_pytorch.post_hoc_ema import KarrasEMA, sigma_rel_to_gamma
 import checkpoint
 import options
 import posthoc
+from runtime import UserError
 
 TRACKED = "posthoc_ema.sigma_rels=[0.05,0.10]"
 
@@ -99,7 +101,11 @@ def test_a_third_length_and_a_resume(trained):
         assert distance(saved["network"], other["network"]) < 1e-6
         kept = checkpoint.load_snapshots(one, saved["step"])
         assert kept and all(part["step"] < saved["step"] for part in kept)
+        before = copy.deepcopy(saved)
         found, wanted = posthoc.reconstruct(saved, kept, 0.075), other["posthoc"]["averages"][0]
+        assert all(torch.equal(before[key][name], saved[key][name]) for key in ("network", "ema") for name in found)
+        assert all(torch.equal(a[name], b[name]) for a, b in zip(before["posthoc"]["averages"],
+                                                               saved["posthoc"]["averages"], strict=True) for name in a)
         error = relative(found, wanted)
         assert error < 0.01 and 5 * error < min(relative(a, wanted) for a in saved["posthoc"]["averages"])
         assert torch.equal(found["fourier.freqs"], saved["network"]["fourier.freqs"])
@@ -108,7 +114,6 @@ def test_a_third_length_and_a_resume(trained):
 def test_a_reconstruction_is_sampled_scored_and_probed(trained):
     folder, config = trained
     flags = ["--config", config, "--set", TRACKED, "--sigma_rel", "0.13"]
-    before = (folder / "run" / "ckpts" / "model_7.pth").read_bytes()
     assert "sigma_rel 0.13" in succeed("sample.py", *flags, "--n_samples", "20", "--steps", "3",
                                        "--out", folder / "three")
     succeed("sample.py", *flags, "--n_samples", "20", "--epoch", "6")
@@ -117,7 +122,6 @@ def test_a_reconstruction_is_sampled_scored_and_probed(trained):
     succeed("probe.py", *flags, "--passes", "1", "--epoch", "6", "--set", "linear.blockname=out_1")
     lines = [json.loads(line) for line in (folder / "run" / "results.jsonl").read_text().splitlines()]
     assert [(line.get("sampling") or line)["sigma_rel"] for line in lines] == [0.13, 0.13]
-    assert (folder / "run" / "ckpts" / "model_7.pth").read_bytes() == before
     succeed("results.py", "--ema", folder / "run", "--out", folder / "ema.png")
     assert (folder / "ema.png").stat().st_size > 10_000
     done = run("results.py", folder / "run", "--out", folder / "table.png")
@@ -159,3 +163,17 @@ def test_a_damaged_snapshot_is_left_out(trained, tmp_path):
         assert done.returncode == 0 and path.name in done.stderr and "left out" in done.stderr
     finally:
         path.write_bytes(whole)
+
+
+def test_snapshots_of_another_run_and_too_few(trained, capsys):
+    _, config = trained
+    own = options.load_config(config)
+    saved = checkpoint.load(checkpoint.path_of(own, 7))
+    kept = checkpoint.load_snapshots(own, saved["step"])
+    strangers = [part | {"gammas": [3.0, 5.0]} for part in kept[:3]]
+    wanted = posthoc.reconstruct(saved, kept[3:], 0.075)
+    found = posthoc.reconstruct(saved, strangers + kept[3:], 0.075)
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    assert f"steps {', '.join(str(part['step']) for part in strangers)} are of another run" in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"0\.28 cannot be reconstructed .* the 0 snapshots"):
+        posthoc.reconstruct(saved, [], 0.28)
