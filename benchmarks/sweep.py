@@ -37,7 +37,6 @@ from runtime import UserError
 LENGTHS = (0.05, 0.10, 0.18)      # sigma_rel of the post-hoc EMAs, beside the plain one.
 COMMON = ["posthoc_ema.sigma_rels=[0.05,0.1]", "posthoc_ema.snapshots=32", "save_every=1000000", "n_sample=16",
           "eval.features=pixels"]
-SAMPLES = 500                           # Of FD(pixels).
 
 # What a run is, beside config/<data>/<C, E or G>.yaml.
 DATA = {
@@ -79,6 +78,7 @@ def main():
     p.add_argument("--data_root", default="data")
     p.add_argument("--save_dir", default="runs/sweep")
     p.add_argument("--seeds", type=int, default=3)
+    p.add_argument("--samples", type=int, default=500, help="of FD(pixels)")
     p.add_argument("--only", nargs="+", metavar="NAME", help="variants that are so called or begin so (default: all)")
     p.add_argument("--jobs", type=int, default=runtime.cores(), help="runs at a time")
     p.add_argument("--amp_dtype", choices=["float16", "bfloat16"])
@@ -89,23 +89,22 @@ def main():
     chosen = [name for name in VARIANTS if changes_something(name, args) and (not args.only or any(
         name == word or (len(word) > 1 and name.startswith(word)) for word in args.only))]
     runs = [(name, seed) for seed in range(args.seeds) for name in chosen]
-    found = {name: [] for name in chosen}
+    found = {run: kept(*run, args) for run in runs}
     context = multiprocessing.get_context("spawn")
     slots = context.Queue()
     for slot in range(args.jobs):
         slots.put(slot)
     with ProcessPoolExecutor(args.jobs, context, own_cores, (slots, args.jobs)) as pool:
-        futures = {pool.submit(score, *run, args): run for run in runs}
+        futures = {pool.submit(score, *run, args): run for run in runs if not found[run]}
         for future in as_completed(futures):
             name, seed = futures[future]
             try:
-                found[name].append(future.result())
-            except UserError as e:
+                found[name, seed] = future.result()
+                print(f"{name}, seed {seed}: {found[name, seed]['plain']}", file=sys.stderr, flush=True)
+            except UserError as e:          # Such as of NaN gradients.
                 print(f"{name}, seed {seed}, is left out: {e}", file=sys.stderr, flush=True)
-            else:
-                print(f"{name}, seed {seed}: {found[name][-1]['plain']}", file=sys.stderr, flush=True)
     print(f"`{shlex.join(['python', *sys.argv])}`, {machine()}\n")
-    print(table(found))
+    print(table({name: [found[name, seed] for seed in range(args.seeds) if found[name, seed]] for name in chosen}))
 
 
 def as_folders(data_root, out):
@@ -132,37 +131,45 @@ def own_cores(slots, jobs):
         os.sched_setaffinity(0, cores[slots.get() % len(cores)::jobs])
 
 
+def kept(name, seed, args):
+    """What score() has returned, None where it has not. Raises UserError where that was of another config."""
+    config_path, overrides, _ = described(name, seed, args)
+    config = options.load_config(config_path, overrides)
+    path = Path(config["save_dir"]) / "scores.json"
+    if not path.exists():
+        return None
+    found = json.loads(path.read_text())
+    if found["config"] != config:
+        raise UserError(f"{path} is of another config: remove its folder, or choose another --save_dir")
+    return found
+
+
 def score(name, seed, args):
     """Train a variant with a seed and score it. Return what scores.json holds then:
-    {"plain": {figure: value}, "0.05": ..., "activations": [least, most], "Mimg": ..., "config": ...}.
-    Raises UserError where it holds a run of another config."""
-    folder = Path(args.save_dir) / args.data / "-".join(name.replace(",", "").split()) / str(seed)
-    config_path, overrides, gain = described(name, seed, folder, args)
-    config, path = options.load_config(config_path, [*overrides, f"eval.fid={SAMPLES}"]), folder / "scores.json"
-    if path.exists():
-        found = json.loads(path.read_text())
-        if found["config"] != config:
-            raise UserError(f"{folder} holds a run of another config: remove it, or choose another --save_dir")
-        return found
+    {"plain": {figure: value}, "0.05": ..., "activations": [least, most], "Mimg": ..., "config": ...}."""
+    config_path, overrides, gain = described(name, seed, args)
+    config = options.load_config(config_path, overrides)
+    folder = Path(config["save_dir"])
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "output.txt", "a") as out, contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
-        flags = [word for override in overrides for word in ("--set", override)]
+        flags = [word for override in [*overrides, "eval.fid=0"] for word in ("--set", override)]
         precision = ["--amp_dtype", args.amp_dtype] if args.amp_dtype else []
         command = ["train.py", "--config", str(config_path), *flags, *precision]
         build = edm.build if gain is None else begun_at(gain, edm.build)
         with mock.patch.object(sys, "argv", command), mock.patch.object(edm, "build", build):
             train.main()
         found = scores(config, args)
-    path.write_text(json.dumps(found))
+    (folder / "scores.json").write_text(json.dumps(found))
     return found
 
 
-def described(name, seed, folder, args):
+def described(name, seed, args):
     """The YAML of a variant, the overrides, and where the gains begin (None: as the network says)."""
     letter, changes = VARIANTS[name]
     path = ROOT / "config" / args.data / f"{letter}.yaml"
+    folder = Path(args.save_dir) / args.data / "-".join(name.replace(",", "").split()) / str(seed)
     overrides = [*COMMON, *DATA[args.data], *OWN[args.data][letter], f"data_root={args.data_root}",
-                 f"save_dir={folder}", f"seed={seed}", *args.set]
+                 f"eval.fid={args.samples}", f"save_dir={folder}", f"seed={seed}", *args.set]
     base = options.load_config(path, overrides)
     for key, value in changes.items():
         if key == "lrate":
@@ -179,9 +186,9 @@ def described(name, seed, folder, args):
 def changes_something(name, args):
     """Whether a variant differs from its config: a base does not, but counts."""
     letter, _ = VARIANTS[name]
-    (path, overrides, gain), (_, base, _) = (described(n, 0, "runs", args) for n in (name, letter))
-    return name == letter or gain is not None or (options.load_config(path, overrides)
-                                                  != options.load_config(path, base))
+    (path, overrides, gain), (_, base, _) = (described(n, 0, args) for n in (name, letter))
+    config, base = (options.load_config(path, [*o, "save_dir=any"]) for o in (overrides, base))
+    return name == letter or gain is not None or config != base
 
 
 def begun_at(gain, build):
@@ -243,4 +250,4 @@ def mean_and_deviation(values):
 
 
 if __name__ == "__main__":
-    main()
+    runtime.command(main)()

@@ -44,7 +44,7 @@ def test_the_held_out_loss_is_the_loss(tmp_path):
     assert all(torch.allclose(noise, alone[-1], rtol=0, atol=1e-3) for noise in alone[1:])
     evaluation.held_out_loss(spy, images, ONE)
     assert torch.equal(seen[8 + 7][0][:1], seen[7][0])
-    for (x, sigma), level in zip(seen, evaluation.LEVELS, strict=True):
+    for (x, sigma), level in zip(seen[:8], evaluation.LEVELS, strict=True):
         assert sigma.item() == pytest.approx(level) and 0.02 - 1e-9 <= level <= 20 + 1e-9
         noise = (x - y) / sigma
         assert noise.std().item() == pytest.approx(1, abs=0.3)
@@ -144,6 +144,7 @@ def test_images_are_spread_and_a_score_that_fails_ends_nothing(tmp_path, monkeyp
     test = torch.arange(200, dtype=torch.uint8)[:, None, None, None].expand(200, 1, 8, 8)
     monkeypatch.setattr(data, "load", lambda config, train: (test, torch.arange(200)))
     t.config["eval"] |= {"images": 5, "probe": True}
+    t.config["linear"]["blockname"] = "out_1"
     evaluator = evaluation.Evaluator(t.config, SimpleNamespace(batch_gpu=None), ONE, images, labels)
     assert evaluator.chosen[:, 0, 0, 0].tolist() == [0, 49, 99, 149, 199]
 
@@ -153,3 +154,21 @@ def test_images_are_spread_and_a_score_that_fails_ends_nothing(tmp_path, monkeyp
     monkeypatch.setattr(evaluator, "probed", fails)
     assert evaluation.LOSS in evaluator.figures(t.edm_ema)
     assert "no space left; not measured, training goes on" in capsys.readouterr().err
+
+
+def test_the_sweep_trains_scores_and_tells_variants_apart(tmp_path):
+    """benchmarks/sweep.py on the digits, one epoch: its table, and a second run that finds everything done."""
+    flags = ["--data", "digits", "--save_dir", tmp_path, "--seeds", "2", "--samples", "10", "--set", "n_epoch=1",
+             "--set", "network.n_channels=8", "--set", "network.ch_mults=[1,2]", "--set", "eval.images=20",
+             "--set", "network.attn_channels_per_head=8", "--only", "G", "G gain", "G dropout"]
+    first = succeed("benchmarks/sweep.py", *flags)
+    rows = {row.split(" | ")[0].strip("| "): row.split(" | ")[1:] for row in first.splitlines() if row.startswith("|")}
+    assert set(rows) == {"variant", "---", "G", "G gain from 1", "G dropout 0.13"}         # Dropout 0 is G itself.
+    assert len({rows[name][2] for name in rows}) == len(rows)
+    assert rows["G"][0] == "2" and " ± " in rows["G"][2]
+    scores = json.loads((tmp_path / "digits" / "G" / "1" / "scores.json").read_text())
+    assert scores["config"]["seed"] == 1 and scores["plain"]["FD(pixels) n=10"] > 0
+    assert scores["0.05"]["heldout_loss"] != scores["0.18"]["heldout_loss"]
+    assert succeed("benchmarks/sweep.py", *flags) == first
+    done = run("benchmarks/sweep.py", *flags, "--set", "lrate=1e-4")
+    assert done.returncode == 2 and "another config" in done.stderr
