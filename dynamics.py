@@ -9,7 +9,7 @@ import torch
 
 import runtime
 
-POINTS, APART = 200, 20     # Records over a run at most and steps between two at least, if the config does not say.
+POINTS, APART = 200, 25     # Records over a run at most and steps between two at least, if the config does not say.
 N_IMAGES = 8        # That the activations are of.
 
 

@@ -98,5 +98,8 @@ def plain(config, args, folder):
     return run
 
 
+plain.others = True
+
+
 if __name__ == "__main__":
     main()

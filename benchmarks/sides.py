@@ -78,6 +78,8 @@ def serve(pipe, make, arguments):
 def work(pipe, make, arguments):
     """Make the function of a side, then call it as often as asked for."""
     multiprocessing.set_start_method(None, force=True)      # For workers of its own the system's, as in the commands.
+    if getattr(make, "others", False):      # Not our commands: the memory as the system gives it.
+        runtime.keep_freed_memory = lambda: None
     device = runtime.start().device
     pipe.recv()
     function = make(*arguments)

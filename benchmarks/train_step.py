@@ -150,6 +150,9 @@ def peer(config, amp_dtype):
     return plain_loop(peer_denoiser(config, amp_dtype), config, amp_dtype)
 
 
+plain.others = peer.others = True
+
+
 def plain_loop(denoiser, config, amp_dtype):
     """A training step without anything that makes it fast."""
     from ema_pytorch import EMA

@@ -120,8 +120,8 @@ def test_a_run_records_and_goes_on(tmp_path):
     assert all("activation" not in line for line in metrics(tmp_path / "run"))
 
 
-def test_the_default_is_200_records_20_steps_apart():
-    assert [default_every(steps) for steps in (1, 1320, 4000, 4001, 8000, 1_000_000)] == [20, 20, 20, 21, 40, 5000]
+def test_the_default_is_200_records_25_steps_apart():
+    assert [default_every(steps) for steps in (1, 1320, 5000, 5001, 8000, 1_000_000)] == [25, 25, 25, 26, 40, 5000]
 
 
 def test_compiled_training_is_recorded_and_unchanged(tmp_path):
