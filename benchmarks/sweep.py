@@ -41,14 +41,14 @@ COMMON = ["posthoc_ema.sigma_rels=[0.05,0.1]", "posthoc_ema.snapshots=32", "save
 # What a run is, beside config/<data>/<C, E or G>.yaml.
 DATA = {
     "digits": ["eval_every=20"],
-    # CIFAR-10 at 16x16 and a small network: 100,000 images within minutes of one core.
+    # CIFAR-10 at 16x16 and a small network: 50,000 images within minutes of one core.
     "cifar10": ["dataset=folder", "network.image_shape=[3,16,16]", "network.n_channels=16", "network.ch_mults=[1,2,2]",
                 "network.is_attn=[false,true,false]", "network.attn_channels_per_head=16", "network.n_blocks=2",
-                "n_epoch=2", "batch_size=64", "warm_epoch=0.1", "ema=0.998", "eval.images=1000", "eval_every=1"],
+                "n_epoch=1", "batch_size=64", "warm_epoch=0.05", "ema=0.998", "eval.images=1000", "eval_every=1"],
 }
 # For so few images the rates of the digits, not of the shipped configs; E's and G's fall from a fifth of the run on.
 OWN = {"digits": {"C": [], "E": [], "G": []},
-       "cifar10": {"C": ["lrate=1e-3"], "E": ["lrate=1e-2", "tref_epoch=0.4"], "G": ["lrate=1e-2", "tref_epoch=0.4"]}}
+       "cifar10": {"C": ["lrate=1e-3"], "E": ["lrate=1e-2", "tref_epoch=0.2"], "G": ["lrate=1e-2", "tref_epoch=0.2"]}}
 
 # Name: config, what is changed: rate and heads as multiples of the base's, warm-up as a share of the run; "gain", which
 # is no key: where the conditioning gains begin.
