@@ -280,6 +280,7 @@ def draw_dynamics(records):
     """Draw what dynamics.Recorder left, {run: records}: a column per run, a row per kind, a line per part and
     resolution; log scale."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogFormatter
     sizes = sorted({group.partition(" ")[2] for found in records.values() for line in found for kind in ROWS
                     for group in line[kind]} - {""}, key=lambda size: -int(size.partition("x")[0]))
     figure = Figure(figsize=(4.2 * len(records) + 1.8, 8.4), layout="constrained", dpi=150)
@@ -304,6 +305,8 @@ def draw_dynamics(records):
         low, high = axes.get_ylim()
         if high < 4 * low:
             axes.set_ylim(math.sqrt(low * high) / 2, math.sqrt(low * high) * 2)
+        for axis_ticks in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+            axis_ticks(LogFormatter(labelOnlyBase=False, minor_thresholds=(1.5, 0.5)))      # 2 and 3, not 2·10⁰.
     figure.suptitle(f"Training dynamics on {NAMES[found[-1]['dataset']]}: mean over the layers", fontsize=13)
     figure.legend(shown.values(), shown, loc="outside right center", fontsize=11)
     return figure
