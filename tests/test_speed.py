@@ -4,13 +4,14 @@ Speed itself is measured in benchmarks/, never here.
 """
 
 import copy
+import platform
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import NETS, ROOT, distance, run, tiny_config
+from conftest import NETS, ROOT, distance, run, succeed, tiny_config
 from ema_pytorch import EMA
 from test_train import training
 from torch._dynamo.utils import counters
@@ -213,3 +214,25 @@ def test_dry_run_imports_only_what_it_needs(tmp_path):
     done = subprocess.run([sys.executable, "-c", code, tiny_config(tmp_path)], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and done.stderr.strip() == "[]", done.stderr
     assert "parameters" in run("train.py", "--config", tiny_config(tmp_path), "--dry_run").stdout
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc's memory alone")
+def test_freed_memory_is_not_given_back(tmp_path):
+    """Tensors made again cost no page faults, by runtime.start() on the CPU; without it they do."""
+    script = tmp_path / "faults.py"
+    script.write_text(f"""
+import sys; sys.path[:0] = [{str(ROOT)!r}]
+import resource, torch, runtime
+if sys.argv[1] == "without":
+    runtime.keep_freed_memory = lambda: None
+runtime.start()
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(2):
+    before = faults()
+    tensors = [torch.ones(4 << 20) for _ in range(16)]
+    del tensors
+print(faults() - before)
+""")
+    without, kept = (int(succeed(script, how)) for how in ("without", "with"))
+    assert 2 * kept < without and without > 10_000
