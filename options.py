@@ -177,7 +177,7 @@ KEYS = {
     "dynamics_every": (optional(integer(0, MOST)), None),   # Steps between records; null: about 200 a run; 0: none.
     "eval_every": (optional(integer(1, MOST)), None),       # Epochs between evaluations of the EMA; null: none.
     "eval": {
-        "images": (optional(integer(1, MOST)), None),       # Test images of the held-out loss, spread over all (null).
+        "images": (optional(integer(1, MOST)), None),       # Test images of the held-out loss, evenly; null: all.
         "fid": (integer(0, MOST), 0),                       # Samples of an FID; 0: none.
         "features": (one_of("inception", "dinov2-vit-b-14", "pixels"), "inception"),        # Its features.
         "probe": (boolean, False),                          # A linear probe, as `linear` says.

@@ -305,8 +305,8 @@ def draw_dynamics(records):
         low, high = axes.get_ylim()
         if high < 4 * low:
             axes.set_ylim(math.sqrt(low * high) / 2, math.sqrt(low * high) * 2)
-        for axis_ticks in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-            axis_ticks(LogFormatter(labelOnlyBase=False, minor_thresholds=(1.5, 0.5)))      # 2 and 3, not 2·10⁰.
+        for set_formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+            set_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(1.5, 0.5)))      # 2 and 3, not 2·10⁰.
     figure.suptitle(f"Training dynamics on {NAMES[found[-1]['dataset']]}: mean over the layers", fontsize=13)
     figure.legend(shown.values(), shown, loc="outside right center", fontsize=11)
     return figure

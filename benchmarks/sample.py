@@ -98,7 +98,7 @@ def plain(config, args, folder):
     return run
 
 
-plain.others = True
+plain.default_malloc = True
 
 
 if __name__ == "__main__":

@@ -78,7 +78,7 @@ def serve(pipe, make, arguments):
 def work(pipe, make, arguments):
     """Make the function of a side, then call it as often as asked for."""
     multiprocessing.set_start_method(None, force=True)      # For workers of its own the system's, as in the commands.
-    if getattr(make, "others", False):      # Not our commands: the memory as the system gives it.
+    if getattr(make, "default_malloc", False):      # Of what is not ours.
         runtime.keep_freed_memory = lambda: None
     device = runtime.start().device
     pipe.recv()

@@ -150,7 +150,7 @@ def peer(config, amp_dtype):
     return plain_loop(peer_denoiser(config, amp_dtype), config, amp_dtype)
 
 
-plain.others = peer.others = True
+plain.default_malloc = peer.default_malloc = True
 
 
 def plain_loop(denoiser, config, amp_dtype):
