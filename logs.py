@@ -14,6 +14,7 @@ from importlib import metadata
 from pathlib import Path
 
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard import summary
 
@@ -36,9 +37,9 @@ def event(step=0, **content):
 
 
 def scalars(step, figures):
-    """The bytes of the events of figures, a dict of numbers and None."""
-    return b"".join(event(step, summary=summary.scalar(name, value))
-                    for name, value in figures.items() if value is not None)
+    """The bytes of one event with all figures, a dict of numbers and None."""
+    return event(step, summary=Summary(value=[Summary.Value(tag=name, simple_value=value)
+                                              for name, value in figures.items() if value is not None]))
 
 
 HEADER = {"file_version": "brain.Event:2"}
@@ -141,12 +142,13 @@ class Log:
             self.step = step
             self.pending[self.dynamics_path] = (self.pending.get(self.dynamics_path, b"")
                                                 + json.dumps({"step": step, **record}).encode() + b"\n")
+            figures = {}
             for kind in ("activation", "weight", "gradient", "update"):
                 for group, values in record[kind].items():
                     place, _, size = group.partition(" ")
-                    self.pending[self.board] += scalars(step, {
-                        "_".join(filter(None, [f"dynamics_{place}/{kind}", size, name])): value
-                        for name, value in values.items()})
+                    figures |= {"_".join(filter(None, [f"dynamics_{place}/{kind}", size, name])): value
+                                for name, value in values.items()}
+            self.pending[self.board] += scalars(step, figures)
             self.flush()
 
     def image(self, step, name, image):

@@ -7,11 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import DATA, needs_cifar10, needs_tiny
+from conftest import DATA, ROOT, needs_cifar10, needs_tiny
 from PIL import Image
 
 import data
 import files
+import options
 from runtime import UserError
 
 
@@ -45,6 +46,15 @@ def test_cifar10():
     mean = images.double().mean((0, 2, 3)) / 255
     np.testing.assert_allclose(mean, [0.49139968, 0.48215841, 0.44653091], atol=1e-6)
     assert labels.bincount().tolist() == [5000] * 10 and test_labels.bincount().tolist() == [1000] * 10
+
+
+@pytest.mark.parametrize("dataset", ["digits", pytest.param("cifar10", marks=needs_cifar10)])
+def test_sigma_data_is_the_rms_of_the_pixels(dataset):
+    """As the preconditioning assumes (EDM Table 1), for activations of unit size."""
+    for path in sorted((ROOT / "config" / dataset).glob("*.yaml")):
+        loaded = options.load_config(path, [f"data_root={DATA}", "cache_dir=null"])
+        rms = (data.load(loaded)[0].double() / 127.5 - 1).square().mean().sqrt().item()
+        assert loaded["diffusion"]["sigma_data"] == pytest.approx(rms, rel=0.03)
 
 
 @pytest.fixture(scope="module")
