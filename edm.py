@@ -28,7 +28,7 @@ class EDM(nn.Module):
     def __init__(self,
         net,                        # F: (B,C,H,W), c_noise (B,) to (B,C,H,W).
         uncertainty,                # u: c_noise (B,) to (B,1); used in the loss, thrown away after training.
-        sigma_data = 0.5,           # RMS of the pixels in [-1,1], CIFAR-10's.
+        sigma_data = 0.5,           # RMS of the pixels in [-1,1].
         p_mean = -1.2,              # Mean of ln(sigma) in training.
         p_std = 1.2,                # Standard deviation of ln(sigma) in training.
         sigma_min = 0.002,          # Sampler: last noise level.

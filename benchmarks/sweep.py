@@ -46,7 +46,7 @@ DATA = {
                 "network.is_attn=[false,true,false]", "network.attn_channels_per_head=16", "network.n_blocks=2",
                 "n_epoch=1", "batch_size=64", "warm_epoch=0.05", "ema=0.998", "eval.images=1000", "eval_every=1"],
 }
-# For so few images the rates of the digits, not of the shipped configs; E's and G's fall from a fifth of the run on.
+# For so few images other rates than those of the shipped configs; E's and G's fall from a fifth of the run on.
 OWN = {"digits": {"C": [], "E": [], "G": []},
        "cifar10": {"C": ["lrate=1e-3"], "E": ["lrate=1e-2", "tref_epoch=0.2"], "G": ["lrate=1e-2", "tref_epoch=0.2"]}}
 
