@@ -175,11 +175,12 @@ def test_a_thousand_mutated_configs(tmp_path, monkeypatch, time_limit):
     ("is_attn: [false, true]", "is_attn: [true]", ["network.is_attn has 1 entries", "network.ch_mults 2"]),
     ("ch_mults: [1, 2]", "ch_mults: [1, 3]", ["attn_channels_per_head 64 does not divide the 96 channels of level 1"]),
     ("image_shape: [1, 8, 8]", "image_shape: [1, 9, 9]", ["digits has images of shape [1, 8, 8]", "[1, 9, 9]"]),
-    ("sigma_data: 0.5", "sigma_data: 1e308", ["diffusion.sigma_data must be a number from 1e-06 to 1e+06"]),
+    ("sigma_data: 0.85", "sigma_data: 1e308", ["diffusion.sigma_data must be a number from 1e-06 to 1e+06"]),
     ("dataset: digits", "dataset: [*x]", ["not valid YAML", "undefined alias"]),
 ])
 def test_bad_yaml_as_a_user_meets_it(tmp_path, old, new, words):
     path = tmp_path / "config.yaml"
     text = (ROOT / "config" / "digits" / "G.yaml").read_text() + "seed: 0\n"
+    assert old in text
     path.write_text(text.replace("./runs", str(tmp_path)).replace(old, new))
     refused(tmp_path, "train.py", "--config", path, words=[str(path), *words])
