@@ -391,7 +391,7 @@ def test_sampling_killed_anywhere_gives_the_same_folder(trained, tmp_path, proce
     succeed("sample.py", *arguments, parts, processes=processes)
     whole, restarted = content(tmp_path / "whole"), content(parts)
     whole_npz, parts_npz = (found.pop("samples.npz") for found in (whole, restarted))
-    assert whole == restarted and len(whole) == 1200 + 3                 # grid.png, settings.json, .lock
+    assert whole == restarted and len(whole) == 1200 + 3                # grid.png, settings.json, .lock
     assert whole_npz == parts_npz
 
 
