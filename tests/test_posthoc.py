@@ -74,7 +74,9 @@ def test_100000_updates():
     assert saved["posthoc"]["updates"] == total and kept[-1]["averages"][0]["weight"].dtype == torch.float16
     found, wanted = posthoc.reconstruct(saved, kept, 0.075), direct.ema_model.state_dict()
     error = relative(found, wanted)
-    assert error < 0.01 and 5 * error < min(relative(a, wanted) for a in saved["posthoc"]["averages"])
+    tracked = [relative(a, wanted) for a in saved["posthoc"]["averages"]]
+    print(f"relative error of 0.075: {error:.5f}, of the tracked lengths: {tracked}")
+    assert error < 0.01 and 5 * error < min(tracked)
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +109,9 @@ def test_a_third_length_and_a_resume(trained):
         assert all(torch.equal(a[name], b[name]) for a, b in zip(before["posthoc"]["averages"],
                                                                saved["posthoc"]["averages"], strict=True) for name in a)
         error = relative(found, wanted)
-        assert error < 0.01 and 5 * error < min(relative(a, wanted) for a in saved["posthoc"]["averages"])
+        tracked = [relative(a, wanted) for a in saved["posthoc"]["averages"]]
+        print(f"relative error of 0.075: {error:.5f}, of the tracked lengths: {tracked}")
+        assert error < 0.01 and 5 * error < min(tracked)
         assert torch.equal(found["fourier.freqs"], saved["network"]["fourier.freqs"])
 
 
