@@ -14,12 +14,12 @@ demo: .venv/installed
 	$(BIN)/python sample.py $(DEMO) --n_samples 500
 	$(BIN)/python fid.py $(DEMO) --features pixels
 	$(BIN)/python probe.py $(DEMO)
-	$(BIN)/python results.py runs/digits/G --out runs/digits/G/results.png
+	$(BIN)/python -m edm2.results runs/digits/G --out runs/digits/G/results.png
 	@echo "Watch the training curves: $(BIN)/tensorboard --logdir runs/digits/G/tensorboard"
 
 dynamics: .venv/installed
 	for c in C E G; do $(BIN)/python train.py --config config/digits/$$c.yaml || exit; done
-	$(BIN)/python results.py --dynamics runs/digits/C runs/digits/E runs/digits/G --out docs/dynamics.png
+	$(BIN)/python -m edm2.results --dynamics runs/digits/C runs/digits/E runs/digits/G --out docs/dynamics.png
 
 test: .venv/installed-dev
 	$(BIN)/ruff check .

@@ -1,9 +1,8 @@
-"""Layers and blocks of Config C (EDM2 Fig. 17): the EDM block without biases, with one initialization for all
-weights, group norm without mean subtraction, and cosine attention.
+"""Layers and blocks of Config C (EDM2 Fig. 17): the EDM block without biases, with one
+initialization for all weights, group norm without mean subtraction, and cosine attention.
 
-Activations are (B,C,H,W), embeddings (B,C). Meant to be read with `diff blockC.py blockE.py` and `diff blockE.py
-blockG.py`: every hunk is one change of the paper.
-"""
+Activations are (B,C,H,W), embeddings (B,C). Meant to be read with `diff blockC.py blockE.py` and
+`diff blockE.py blockG.py`: every hunk is one change of the paper."""
 
 import math
 
@@ -11,21 +10,18 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Scale to unit mean square over the dimensions `dim`: the core of every norm (Eq. 29) below.
 
+# Scale to unit mean square over dimensions `dim`, for every norm (Eq. 29).
 def normalize(x, dim, eps=1e-4):
-    """Return x / (rms(x) + eps), rms over the dimensions `dim` in fp32; shape and dtype of x are kept."""
+    """Return x / (rms(x) + eps), rms over `dim` in fp32; shape and dtype of x are kept."""
     norm = torch.linalg.vector_norm(x, dim=dim, keepdim=True, dtype=torch.float32)
     rms = norm * math.sqrt(norm.numel() / x.numel())
-    return (x.float() * (1 / (rms + eps))).to(x.dtype)     # Not x / (...): its gradient takes twice the time.
+    return (x.float() * (1 / (rms + eps))).to(x.dtype)  # Not x / ...: 2x gradient time.
 
 
-# ----------------------------------------------------------------------------------------------------------------------
 # Learned layers, without biases.
-
 def he_uniform(*shape):
-    """Weights (out,in,...) ~ √(3/fan_in)·U(-1,1), the same for every layer, none from zeros (Config C)."""
+    """Weights (out,in,...) ~ √(3/fan_in)·U(-1,1) for every layer, none from zeros (Config C)."""
     limit = math.sqrt(3 / math.prod(shape[1:]))
     return torch.empty(shape).uniform_(-limit, limit)
 
@@ -46,35 +42,32 @@ class Conv2d(nn.Module):
 
     def __init__(self, in_channels, out_channels, kernel_size):
         super().__init__()
-        self.weight = nn.Parameter(he_uniform(out_channels, in_channels, kernel_size, kernel_size))
+        shape = (out_channels, in_channels, kernel_size, kernel_size)
+        self.weight = nn.Parameter(he_uniform(*shape))
 
     def forward(self, x):
         return F.conv2d(x, self.weight, padding=self.weight.shape[-1] // 2)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
 # Fixed functions.
-
 class GroupNorm(nn.Module):
-    """Group norm without mean subtraction, learned scale or bias (Eq. 29).
-
-    `groups` is a maximum: a group has at least 4 channels (EDM's rule).
-    Raises ValueError where the groups do not divide the channels.
-    """
+    """Group norm without mean subtraction, learned scale or bias (Eq. 29), in at most `groups`
+    groups of 4 channels or more (EDM's rule). ValueError where they do not divide the channels."""
 
     def __init__(self, channels, groups=32):
         super().__init__()
         self.groups = min(groups, channels // 4)
         if self.groups == 0 or channels % self.groups:
-            raise ValueError(f"{channels} channels cannot be divided into {max(self.groups, 1)} groups of 4 or more "
-                             f"by group norm: choose n_channels and ch_mults with widths that are multiples of 32")
+            raise ValueError(f"{channels} channels cannot be divided into {max(self.groups, 1)} "
+                             f"groups of 4 or more by group norm: choose n_channels and ch_mults "
+                             f"with widths that are multiples of 32")
 
     def forward(self, x):
         return normalize(x.unflatten(1, (self.groups, -1)), dim=(2, 3, 4)).flatten(1, 2)
 
 
 class Fourier(nn.Module):
-    """Random Fourier features of a scalar, (B,) to (B,channels) in fp32: cos(2π(f·c + φ)), f ~ N(0,1), φ ~ U(0,1)."""
+    """Fourier features, (B,) to (B,channels) in fp32: cos(2π(f·c + φ)), f ~ N(0,1), φ ~ U(0,1)."""
 
     def __init__(self, channels):
         super().__init__()
@@ -82,11 +75,11 @@ class Fourier(nn.Module):
         self.register_buffer("phases", torch.rand(channels))
 
     def forward(self, c):
-        return torch.cos(2 * math.pi * (c.float()[:, None] * self.freqs + self.phases))
+        return torch.cos(math.tau * (c.float()[:, None] * self.freqs + self.phases))
 
 
 def resample(x, mode):
-    """(B,C,H,W) to half the resolution ("down": 2x2 average), to twice ("up": nearest), or as it is (None)."""
+    """(B,C,H,W) at half ("down": 2x2 mean), twice ("up": nearest) or the same resolution (None)."""
     if mode == "down":
         return F.avg_pool2d(x, 2)
     if mode == "up":
@@ -94,39 +87,32 @@ def resample(x, mode):
     return x
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Self-attention over the pixels, with unit-magnitude queries, keys and values (cosine attention, Eq. 30-34).
-
+# Self-attention over the pixels, queries, keys and values normalized (cosine attention, Eq. 30-34).
 class Attention(nn.Module):
-    """Multi-head self-attention joined to its input, (B,C,H,W) to the same.
-
-    channels_per_head None means one head as wide as the input.
-    Raises ValueError where the heads do not divide the channels.
-    """
+    """Multi-head self-attention joined to its input, (B,C,H,W) to the same; one head where
+    channels_per_head is None. Raises ValueError where the heads do not divide the channels."""
 
     def __init__(self, channels, channels_per_head=None):
         super().__init__()
         self.channels_per_head = channels_per_head or channels
         if channels % self.channels_per_head:
-            raise ValueError(f"attn_channels_per_head {channels_per_head} does not divide the {channels} channels "
-                             f"of a level with attention")
+            raise ValueError(f"attn_channels_per_head {channels_per_head} does not divide the "
+                             f"{channels} channels of a level with attention")
         self.qkv = Conv2d(channels, 3 * channels, 1)
         self.proj = Conv2d(channels, channels, 1)
 
     def forward(self, x):
         B, C, H, W = x.shape
         qkv = self.qkv(x).permute(0, 2, 3, 1).reshape(B, H * W, 3, -1, self.channels_per_head)
-        q, k, v = normalize(qkv, dim=-1).permute(2, 0, 3, 1, 4)             # each (B, heads, H·W, channels per head)
-        y = F.scaled_dot_product_attention(q, k, v)                         # softmax(q·k/√channels_per_head)·v
+        q, k, v = normalize(qkv, dim=-1).permute(2, 0, 3, 1, 4)  # (B,heads,H·W,channels_per_head)
+        y = F.scaled_dot_product_attention(q, k, v)              # softmax(q·k/√channels_per_head)·v
         y = y.transpose(1, 2).reshape(B, H, W, C).permute(0, 3, 1, 2)
         return x + self.proj(y)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
 # U-Net block (Fig. 17): encoder and decoder blocks are the same thing.
-
 class Block(nn.Module):
-    """Residual block, (B,in,H,W) and embedding (B,emb) to (B,out,H',W') with H', W' as resample_mode says."""
+    """Residual block, (B,in,H,W) and embedding (B,emb) to (B,out,H',W') as resample_mode says."""
 
     def __init__(self,
         in_channels,                # Channels of the input.

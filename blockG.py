@@ -1,9 +1,8 @@
-"""Layers and blocks of Config G (EDM2 Fig. 21): Config E without group norms (Config F, B.6) and with
-magnitude-preserving fixed functions (Config G, Eq. 68-104).
+"""Layers and blocks of Config G (EDM2 Fig. 21): Config E without group norms (Config F, B.6) and
+with magnitude-preserving fixed functions (Config G, Eq. 68-104).
 
-Activations are (B,C,H,W), embeddings (B,C). Meant to be read with `diff blockC.py blockE.py` and `diff blockE.py
-blockG.py`: every hunk is one change of the paper.
-"""
+Activations are (B,C,H,W), embeddings (B,C). Meant to be read with `diff blockC.py blockE.py` and
+`diff blockE.py blockG.py`: every hunk is one change of the paper."""
 
 import math
 
@@ -11,33 +10,30 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Scale to unit mean square over the dimensions `dim`: the core of every norm (Eq. 29) and weight (Eq. 47) below.
 
+# Scale to unit mean square over dimensions `dim`, for every norm (Eq. 29) and weight (Eq. 47).
 def normalize(x, dim, eps=1e-4, gain=1):
-    """Return gain · x / (rms(x) + eps), rms over the dimensions `dim` in fp32; shape and dtype of x are kept."""
-    return (x.float() * unit_scale(x, dim, eps, gain)).to(x.dtype)  # Not x / ...: its gradient takes twice the time.
+    """Return gain · x / (rms(x) + eps), rms over `dim` in fp32; shape and dtype of x are kept."""
+    return (x.float() * unit_scale(x, dim, eps, gain)).to(x.dtype)  # Not x / ...: 2x gradient time.
 
 
 def unit_scale(x, dim, eps=1e-4, gain=1):
-    """The factor of normalize, in fp32: gain / (rms(x) + eps), of size 1 along the dimensions `dim`."""
+    """The factor of normalize, in fp32: gain / (rms(x) + eps), of size 1 along `dim`."""
     norm = torch.linalg.vector_norm(x, dim=dim, keepdim=True, dtype=torch.float32)
     rms = norm * math.sqrt(norm.numel() / x.numel())
     return gain / (rms + eps)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
 # Learned layers, without biases.
-
 def magnitude_preserving(weight, training):
-    """Return normalize(weight)/√fan_in of a weight (out,in,...), per output and in fp32 (Config D, Eq. 47).
+    """Return normalize(weight)/√fan_in, weight (out,in,...), per output in fp32 (Config D, Eq. 47).
 
-    In training the stored weight is itself replaced by its normalized self (Config E, forced weight normalization,
-    Eq. 60-67 and Alg. 1): so the gradient is orthogonal to it and the learning rate alone sets its speed of rotation.
-    """
+    In training the stored weight is itself replaced by its normalized self (Config E, forced
+    weight normalization, Eq. 60-67 and Alg. 1): so the gradient is orthogonal to it and the
+    learning rate alone sets its speed of rotation."""
     dim = tuple(range(1, weight.ndim))
     if training:
-        stored = weight.detach()        # Not under no_grad: torch.compile's gradient would see the old weight.
+        stored = weight.detach()  # Not no_grad: torch.compile's gradient would see the old weight.
         stored.mul_(unit_scale(stored, dim))
     return normalize(weight, dim, gain=1 / math.sqrt(weight[0].numel()))
 
@@ -58,34 +54,34 @@ class Conv2d(nn.Module):
 
     def __init__(self, in_channels, out_channels, kernel_size):
         super().__init__()
-        self.weight = nn.Parameter(torch.randn(out_channels, in_channels, kernel_size, kernel_size))       # Alg. 1
+        shape = (out_channels, in_channels, kernel_size, kernel_size)
+        self.weight = nn.Parameter(torch.randn(shape))                         # Alg. 1
 
     def forward(self, x):
-        return F.conv2d(x, magnitude_preserving(self.weight, self.training), padding=self.weight.shape[-1] // 2)
+        weight = magnitude_preserving(self.weight, self.training)
+        return F.conv2d(x, weight, padding=weight.shape[-1] // 2)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
 # Fixed functions.
-
 def mp_silu(x):
-    """Magnitude-preserving SiLU (Eq. 81): silu(x)/0.596, so that x ~ N(0,1) gives unit mean square."""
+    """Magnitude-preserving SiLU (Eq. 81): silu(x)/0.596, of unit mean square for x ~ N(0,1)."""
     return F.silu(x) / 0.596
 
 
 def mp_sum(a, b, t=0.3):
-    """Magnitude-preserving sum of the main path a and the branch b: ((1-t)·a + t·b)/√((1-t)² + t²) (Eq. 88)."""
+    """Magnitude-preserving sum of path a and branch b: ((1-t)·a + t·b)/√((1-t)² + t²) (Eq. 88)."""
     return torch.lerp(a, b, t) / math.sqrt((1 - t) ** 2 + t ** 2)
 
 
 def mp_cat(a, b, t=0.5):
-    """Magnitude-preserving concatenation of a and b along the channels, b contributing with weight t (Eq. 103)."""
+    """Magnitude-preserving concatenation of a and b along channels, b with weight t (Eq. 103)."""
     Na, Nb = a.shape[1], b.shape[1]
-    scale = math.sqrt((Na + Nb) / ((1 - t) ** 2 + t ** 2))
-    return torch.cat([a * (scale * (1 - t) / math.sqrt(Na)), b * (scale * t / math.sqrt(Nb))], dim=1)
+    gain = math.sqrt((Na + Nb) / ((1 - t) ** 2 + t ** 2))
+    return torch.cat([a * (gain * (1 - t) / math.sqrt(Na)), b * (gain * t / math.sqrt(Nb))], dim=1)
 
 
 class Fourier(nn.Module):
-    """Random Fourier features of a scalar, (B,) to (B,channels) in fp32: √2·cos(2π(f·c + φ)) (Eq. 75)."""
+    """Fourier features, (B,) to (B,channels) in fp32: √2·cos(2π(f·c + φ)), random f, φ (Eq. 75)."""
 
     def __init__(self, channels):
         super().__init__()
@@ -93,11 +89,11 @@ class Fourier(nn.Module):
         self.register_buffer("phases", torch.rand(channels))
 
     def forward(self, c):
-        return math.sqrt(2) * torch.cos(2 * math.pi * (c.float()[:, None] * self.freqs + self.phases))
+        return math.sqrt(2) * torch.cos(math.tau * (c.float()[:, None] * self.freqs + self.phases))
 
 
 def resample(x, mode):
-    """(B,C,H,W) to half the resolution ("down": 2x2 average), to twice ("up": nearest), or as it is (None)."""
+    """(B,C,H,W) at half ("down": 2x2 mean), twice ("up": nearest) or the same resolution (None)."""
     if mode == "down":
         return F.avg_pool2d(x, 2)
     if mode == "up":
@@ -105,39 +101,32 @@ def resample(x, mode):
     return x
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Self-attention over the pixels, with unit-magnitude queries, keys and values (cosine attention, Eq. 30-34).
-
+# Self-attention over the pixels, queries, keys and values normalized (cosine attention, Eq. 30-34).
 class Attention(nn.Module):
-    """Multi-head self-attention joined to its input, (B,C,H,W) to the same.
-
-    channels_per_head None means one head as wide as the input.
-    Raises ValueError where the heads do not divide the channels.
-    """
+    """Multi-head self-attention joined to its input, (B,C,H,W) to the same; one head where
+    channels_per_head is None. Raises ValueError where the heads do not divide the channels."""
 
     def __init__(self, channels, channels_per_head=None):
         super().__init__()
         self.channels_per_head = channels_per_head or channels
         if channels % self.channels_per_head:
-            raise ValueError(f"attn_channels_per_head {channels_per_head} does not divide the {channels} channels "
-                             f"of a level with attention")
+            raise ValueError(f"attn_channels_per_head {channels_per_head} does not divide the "
+                             f"{channels} channels of a level with attention")
         self.qkv = Conv2d(channels, 3 * channels, 1)
         self.proj = Conv2d(channels, channels, 1)
 
     def forward(self, x):
         B, C, H, W = x.shape
         qkv = self.qkv(x).permute(0, 2, 3, 1).reshape(B, H * W, 3, -1, self.channels_per_head)
-        q, k, v = normalize(qkv, dim=-1).permute(2, 0, 3, 1, 4)             # each (B, heads, H·W, channels per head)
-        y = F.scaled_dot_product_attention(q, k, v)                         # softmax(q·k/√channels_per_head)·v
+        q, k, v = normalize(qkv, dim=-1).permute(2, 0, 3, 1, 4)  # (B,heads,H·W,channels_per_head)
+        y = F.scaled_dot_product_attention(q, k, v)              # softmax(q·k/√channels_per_head)·v
         y = y.transpose(1, 2).reshape(B, H, W, C).permute(0, 3, 1, 2)
-        return mp_sum(x, self.proj(y))                                      # Eq. 88
+        return mp_sum(x, self.proj(y))                           # Eq. 88
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# U-Net block (Fig. 21): encoder blocks begin with a pixel norm of the main path, decoder blocks do not (Config F).
-
+# U-Net block (Fig. 21): encoder blocks begin with a pixel norm, decoder blocks do not (Config F).
 class Block(nn.Module):
-    """Residual block, (B,in,H,W) and embedding (B,emb) to (B,out,H',W') with H', W' as resample_mode says."""
+    """Residual block, (B,in,H,W) and embedding (B,emb) to (B,out,H',W') as resample_mode says."""
 
     def __init__(self,
         in_channels,                # Channels of the input.
@@ -147,7 +136,7 @@ class Block(nn.Module):
         resample_mode = None,       # None, "down" or "up".
         attention = False,          # Self-attention after the residual sum?
         channels_per_head = None,   # Width of an attention head; None: one head.
-        decoder = False,            # Decoder kind: no pixel norm, residual branch on the unprojected input.
+        decoder = False,            # Decoder kind: no pixel norm, residual branch on unprojected x.
     ):
         super().__init__()
         self.dropout = dropout
@@ -155,7 +144,7 @@ class Block(nn.Module):
         self.decoder = decoder
         self.conv0 = Conv2d(in_channels if decoder else out_channels, out_channels, 3)
         self.emb = Linear(emb_channels, out_channels)
-        self.gain = nn.Parameter(torch.zeros([]))       # Of the conditioning: learned, from 0 (Config G, Fig. 21)
+        self.gain = nn.Parameter(torch.zeros([]))  # Of the conditioning, from 0 (Config G, Fig. 21)
         self.conv1 = Conv2d(out_channels, out_channels, 3)
         self.skip = Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
         self.attention = Attention(out_channels, channels_per_head) if attention else None

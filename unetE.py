@@ -1,7 +1,6 @@
-"""U-Net of Config E of EDM2 (the changes are those of blockE.py): the raw network F of the EDM preconditioning.
+"""U-Net of Config E of EDM2 (changed by blockE.py): the raw network F of the EDM preconditioning.
 
-Meant to be read with `diff unetC.py unetE.py` and `diff unetE.py unetG.py`: every hunk is one change of the paper.
-"""
+Every hunk of `diff unetC.py unetE.py` and `diff unetE.py unetG.py` is one change of the paper."""
 
 import torch
 import torch.nn.functional as F
@@ -11,19 +10,17 @@ from blockE import Block, Conv2d, Fourier, GroupNorm, Linear
 
 
 class UNetE(nn.Module):
-    """F(x; c_noise): x (B,C,H,W) and c_noise (B,) to (B,C,H,W).
-
-    Raises ValueError for widths that group norm or the attention heads cannot divide.
-    """
+    """F(x; c_noise): x (B,C,H,W) and c_noise (B,) to (B,C,H,W). Raises ValueError for widths that
+    group norm or the attention heads cannot divide."""
 
     def __init__(self,
-        image_shape = (3, 32, 32),                  # Channels, height, width of an image.
-        n_channels = 128,                           # Base width.
-        ch_mults = (1, 2, 2, 2),                    # Width of each level, in multiples of n_channels.
-        is_attn = (False, True, False, False),      # Levels with self-attention.
-        attn_channels_per_head = None,              # Width of an attention head; None: one head per block.
-        dropout = 0.1,                              # Dropout probability in every block.
-        n_blocks = 3,                               # Blocks per level; in the encoder the last one downsamples.
+        image_shape = (3, 32, 32),              # Channels, height, width of an image.
+        n_channels = 128,                       # Base width.
+        ch_mults = (1, 2, 2, 2),                # Width of each level, in multiples of n_channels.
+        is_attn = (False, True, False, False),  # Levels with self-attention.
+        attn_channels_per_head = None,          # Width of an attention head; None: one head.
+        dropout = 0.1,                          # Dropout probability in every block.
+        n_blocks = 3,                           # Blocks per level; the encoder's last downsamples.
     ):
         super().__init__()
         emb_channels = 4 * n_channels
@@ -52,7 +49,8 @@ class UNetE(nn.Module):
                 skips.append(channels)
 
         # Middle.
-        self.middle = nn.ModuleList([block(channels, channels, attention=True), block(channels, channels)])
+        self.middle = nn.ModuleList([block(channels, channels, attention=True),
+                                     block(channels, channels)])
 
         # Decoder: all blocks but the upsampling ones take a skip.
         self.decoder = nn.ModuleList()
@@ -68,8 +66,8 @@ class UNetE(nn.Module):
         self.out_conv = Conv2d(channels, image_shape[0], 3)
 
     def forward(self, x, c_noise, return_features=False):
-        """Return F (B,C,H,W); with return_features also {"out_1": ..., "out_2": ...}, each decoder block's output;
-        with return_features a block's name, the decoder ends there and F is None."""
+        """Return F (B,C,H,W); with return_features also {"out_1": ..., "out_2": ...}, each decoder
+        block's output; with return_features a block's name the decoder ends there and F is None."""
         # Noise embedding.
         emb = F.silu(self.emb0(self.fourier(c_noise)))
         emb = F.silu(self.emb1(emb))

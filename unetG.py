@@ -1,7 +1,6 @@
 """U-Net of Config G (EDM2 Fig. 21): the raw network F of the EDM preconditioning.
 
-Meant to be read with `diff unetC.py unetE.py` and `diff unetE.py unetG.py`: every hunk is one change of the paper.
-"""
+Every hunk of `diff unetC.py unetE.py` and `diff unetE.py unetG.py` is one change of the paper."""
 
 import torch
 from torch import nn
@@ -10,19 +9,17 @@ from blockG import Block, Conv2d, Fourier, Linear, mp_cat, mp_silu
 
 
 class UNetG(nn.Module):
-    """F(x; c_noise): x (B,C,H,W) and c_noise (B,) to (B,C,H,W).
-
-    Raises ValueError for widths that the attention heads cannot divide.
-    """
+    """F(x; c_noise): x (B,C,H,W) and c_noise (B,) to (B,C,H,W). Raises ValueError for widths that
+    the attention heads cannot divide."""
 
     def __init__(self,
-        image_shape = (3, 32, 32),                  # Channels, height, width of an image.
-        n_channels = 128,                           # Base width.
-        ch_mults = (1, 2, 2, 2),                    # Width of each level, in multiples of n_channels.
-        is_attn = (False, True, False, False),      # Levels with self-attention.
-        attn_channels_per_head = None,              # Width of an attention head; None: one head per block.
-        dropout = 0.1,                              # Dropout probability in every block.
-        n_blocks = 3,                               # Blocks per level; in the encoder the last one downsamples.
+        image_shape = (3, 32, 32),              # Channels, height, width of an image.
+        n_channels = 128,                       # Base width.
+        ch_mults = (1, 2, 2, 2),                # Width of each level, in multiples of n_channels.
+        is_attn = (False, True, False, False),  # Levels with self-attention.
+        attn_channels_per_head = None,          # Width of an attention head; None: one head.
+        dropout = 0.1,                          # Dropout probability in every block.
+        n_blocks = 3,                           # Blocks per level; the encoder's last downsamples.
     ):
         super().__init__()
         emb_channels = 4 * n_channels
@@ -57,18 +54,19 @@ class UNetG(nn.Module):
         self.decoder = nn.ModuleList()
         for level, width in reversed(list(enumerate(widths))):
             for _ in range(n_blocks):
-                self.decoder.append(block(channels + skips.pop(), width, is_attn[level], decoder=True))
+                self.decoder.append(block(channels + skips.pop(), width, is_attn[level],
+                                          decoder=True))
                 channels = width
             if level > 0:
                 self.decoder.append(block(channels, channels, resample_mode="up", decoder=True))
 
         # Output: no group norm, no SiLU (Config F).
         self.out_conv = Conv2d(channels, image_shape[0], 3)
-        self.out_gain = nn.Parameter(torch.zeros([]))       # Learned, from 0 (Config G, Fig. 21)
+        self.out_gain = nn.Parameter(torch.zeros([]))   # Learned, from 0 (Config G, Fig. 21)
 
     def forward(self, x, c_noise, return_features=False):
-        """Return F (B,C,H,W); with return_features also {"out_1": ..., "out_2": ...}, each decoder block's output;
-        with return_features a block's name, the decoder ends there and F is None."""
+        """Return F (B,C,H,W); with return_features also {"out_1": ..., "out_2": ...}, each decoder
+        block's output; with return_features a block's name the decoder ends there and F is None."""
         # Noise embedding.
         emb = mp_silu(self.emb0(self.fourier(c_noise)))
 
@@ -87,12 +85,12 @@ class UNetG(nn.Module):
         features = {}
         for i, block in enumerate(self.decoder, 1):
             if block.resample_mode != "up":
-                x = mp_cat(x, skips.pop())                  # Eq. 103
+                x = mp_cat(x, skips.pop())              # Eq. 103
             x = block(x, emb)
             features[f"out_{i}"] = x
             if return_features == f"out_{i}":
                 return None, features
 
         # Output.
-        x = self.out_conv(x).float() * self.out_gain        # In fp32: the gain's gradient sums over all pixels.
+        x = self.out_conv(x).float() * self.out_gain    # fp32: the gain's gradient sums all pixels.
         return (x, features) if return_features else x

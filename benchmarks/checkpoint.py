@@ -1,10 +1,9 @@
-"""What a save costs training: copied and written by a thread, against written on the spot, in one run.
+"""What a save costs training, which stands still for it, and what reading a checkpoint takes.
 
     python benchmarks/checkpoint.py | tee benchmarks/results/checkpoint.md
 
-Each round trains some steps without a save, then begins a save of latest.pth as train.py does and goes on until it is
-on disk, then writes the same state as train.py would without a thread. The cost of a save is the time that the step
-loop stood still for it, and what the steps beside it took longer than the median of those without.
+Saved is latest.pth, as train.py saves it; read is it, checks included. The share is of the time of
+training at the default of a save every 10 minutes.
 """
 
 import argparse
@@ -13,85 +12,54 @@ import statistics
 import sys
 import tempfile
 import time
-from datetime import date
-from pathlib import Path
-from types import SimpleNamespace
 
 import torch
+from sides import ROOT, flags, machine
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
-
-import checkpoint
-import data
-import logs
-import options
-import runtime
 import train
+from edm2 import checkpoint, distributed
+from edm2.config import load_config
 
 
 def main():
     """Measure each config and print a table."""
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--configs", nargs="+", default=["cifar10/C", "cifar10/E", "cifar10/G", "digits/G"])
-    p.add_argument("--batch", type=int, help="images per step (default: 8 on the CPU, else that of the config)")
+    p = argparse.ArgumentParser(description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--configs", nargs="+", default=["cifar10/G", "digits/G"])
     p.add_argument("--rounds", type=int, default=5)
-    p.add_argument("--steps", type=int, default=3, help="steps without a save, per round")
-    p.add_argument("--use_amp", action="store_true")
+    p.add_argument("--dir", default=".", help="a folder of the disk that is measured (default: .)")
     args = p.parse_args()
-    rt = runtime.start()
-    print(f"`{shlex.join(['python', 'benchmarks/checkpoint.py', *sys.argv[1:]])}`, {date.today()}, "
-          f"{runtime.device_name(rt.device)}, torch {torch.__version__}\n")
-    print("| config | parameters | batch | file (MB) | step, median (s) | standstill, median / most (s) | in steps "
-          "| steps beside it, longer by (s) | save on the spot (s) | cost at save_minutes 10 |\n" + "|---" * 10 + "|")
+    print(f"`{shlex.join(['python', *sys.argv])}`, {machine()}\n")
+    print("| config | parameters | file (MB) | save, median (s) | least to most | load, median (s) "
+          "| least to most | of training, at save_minutes 10 |\n" + "|---" * 8 + "|")
     for name in args.configs:
-        measure(name, args, rt)
+        with tempfile.TemporaryDirectory(dir=args.dir) as folder:
+            measure(name, folder, args.rounds)
 
 
-def measure(name, args, rt):
+def measure(name, folder, rounds):
     """Print the row of one config."""
-    overrides = [f"batch_size={args.batch or 8}"] if args.batch or rt.device.type == "cpu" else []
-    with tempfile.TemporaryDirectory(dir=".") as folder:
-        config = options.load_config(ROOT / "config" / f"{name}.yaml", [*overrides, f"save_dir={folder}"])
-        shape = config["network"]["image_shape"]
-        images = torch.randint(0, 256, (max(1024, config["batch_size"]), *shape), dtype=torch.uint8)
-        flags = SimpleNamespace(use_amp=args.use_amp, amp_dtype=None, compile=None, channels_last=True, batch_gpu=None,
-                                max_steps=None)
-        t = train.Training(config, flags, rt, data.to_device(images, rt.device))
-        log = logs.Log(folder, 0, True)
-        saver = checkpoint.Saver(config, log)
-        latest = checkpoint.latest_paths(config)[0]
-        plain, still, longer, spot = [], [], [], []
-        step_time(t)                        # Warm up.
-        step_time(t)
-        for _ in range(args.rounds):
-            plain += [step_time(t) for _ in range(args.steps)]
-            start = time.perf_counter()
-            saver.save(t.state(), latest)
-            still.append(time.perf_counter() - start)
-            beside = []
-            while not saver.is_idle():
-                beside.append(step_time(t))
-            longer.append((beside, sum(beside)))
-            start = time.perf_counter()
-            checkpoint.write(latest, t.state(), checkpoint.latest_paths(config)[1])
-            spot.append(time.perf_counter() - start)
-        median = statistics.median(plain)
-        extra = statistics.median(total - median * len(beside) for beside, total in longer)
-        cost = (statistics.median(still) + max(0, extra)) / 600
-        print(f"| {name} | {sum(p.numel() for p in t.edm.net.parameters()):,} | {config['batch_size']} "
-              f"| {latest.stat().st_size / 1e6:.0f} | {median:.3f} "
-              f"| {statistics.median(still):.3f} / {max(still):.3f} | {statistics.median(still) / median:.2f} "
-              f"| {extra:.2f} | {statistics.median(spot):.2f} | {cost:.3%} |", flush=True)
-        saver.close()
+    config = load_config(ROOT / "config" / f"{name}.yaml", [f"save_dir={folder}"])
+    run = train.Run(config, flags(), distributed.init(), config.batch_size)
+    for p in run.denoiser.parameters():
+        p.grad = torch.randn_like(p)
+    run.optimizer.step()                    # It has its moments then, which are most of the file.
+    run.step, path = 1, checkpoint.latest_paths(config)[0]
+    saves, loads = [], []
+    for _ in range(rounds):
+        saves.append(seconds(run.save, path))
+        loads.append(seconds(checkpoint.load, path))
+    n_parameters = sum(p.numel() for p in run.denoiser.net.parameters())
+    print(f"| {name} | {n_parameters:,} | {path.stat().st_size / 1e6:.0f} "
+          f"| {statistics.median(saves):.2f} | {min(saves):.2f} to {max(saves):.2f} "
+          f"| {statistics.median(loads):.2f} | {min(loads):.2f} to {max(loads):.2f} "
+          f"| {statistics.median(saves) / 600:.3%} |", flush=True)
 
 
-def step_time(t):
-    """The time of one training step, in seconds."""
+def seconds(function, *args):
+    """How long a call takes."""
     start = time.perf_counter()
-    t.training_step(torch.arange(t.config["batch_size"]))
-    if t.rt.device.type == "cuda":
-        torch.cuda.synchronize()
+    function(*args)
     return time.perf_counter() - start
 
 

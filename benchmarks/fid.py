@@ -2,9 +2,10 @@
 
     python benchmarks/fid.py | tee benchmarks/results/fid.md
 
-The distance of two sets of 2048-dimensional statistics: fid.py's, and pytorch-fid's by scipy's sqrtm. Features of a
-folder of PNGs by Inception-v3 with random weights of the published layout (on which the time does not depend): fid.py,
-torch-fidelity and pytorch-fid, each as its command does it, from files to features.
+The distance of two sets of 2048-dimensional statistics: fid.py's, and pytorch-fid's by scipy's
+sqrtm. Features of a folder of PNGs by Inception-v3 with random weights of the published layout (on
+which the time does not depend): fid.py, torch-fidelity and pytorch-fid, each as its command does
+it, from files to features.
 """
 
 import argparse
@@ -17,38 +18,40 @@ import numpy as np
 import torch
 from sides import alternate, machine, table
 
-import data
-import features
-import fid
-import files
-import runtime
+from edm2 import data, distributed, features, files, frechet
 
 
 def main():
     """Time the sides and print both tables."""
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--rounds", type=int, default=5)
-    p.add_argument("--n", type=int, default=4096 if torch.cuda.is_available() else 128, help="images")
+    p.add_argument("--n", type=int, default=4096 if torch.cuda.is_available() else 128,
+                   help="images")
     p.add_argument("--d", type=int, default=2048, help="dimensions of the statistics")
     args = p.parse_args()
-    print(f"`{shlex.join(['python', *sys.argv])}`, {machine()}\n\nDistance in {args.d} dimensions:\n")
-    distances = alternate({"fid.py, Cholesky": (distance, args.d), "pytorch-fid, sqrtm": (distance_sqrtm, args.d)},
-                          args.rounds, warmup=1)
+    print(f"`{shlex.join(['python', *sys.argv])}`, {machine()}\n\n"
+          f"Distance in {args.d} dimensions:\n")
+    distances = alternate({"fid.py, Cholesky": (distance, args.d),
+                           "pytorch-fid, sqrtm": (distance_sqrtm, args.d)}, args.rounds, warmup=1)
     print(table(distances, "pytorch-fid, sqrtm", {"distance": lambda t: f"{t.returned[0]:.6f}"}))
 
     with tempfile.TemporaryDirectory() as folder:
         g = torch.Generator().manual_seed(0)
-        for i, image in enumerate(torch.randint(0, 256, (args.n, 3, 32, 32), dtype=torch.uint8, generator=g)):
+        images = torch.randint(0, 256, (args.n, 3, 32, 32), dtype=torch.uint8, generator=g)
+        for i, image in enumerate(images):
             data.save_png(image, Path(folder) / f"{i:06d}.png")
         weights = Path(folder) / "weights.pth"
         torch.save(random_weights(), weights)
-        timings = alternate({name: (side, folder, weights) for name, side in (
-            ("fid.py", ours), ("torch-fidelity", torch_fidelity), ("pytorch-fid", pytorch_fid))}, args.rounds, warmup=1)
+        sides = {"fid.py": ours, "torch-fidelity": torch_fidelity, "pytorch-fid": pytorch_fid}
+        timings = alternate({name: (side, folder, weights) for name, side in sides.items()},
+                            args.rounds, warmup=1)
     print(f"\nFeatures of {args.n} images of 32x32, from PNGs:\n")
-    print(table(timings, "pytorch-fid", {"images per second": lambda t: f"{args.n / t.median:.1f}"}))
+    print(table(timings, "pytorch-fid",
+                {"images per second": lambda t: f"{args.n / t.median:.1f}"}))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # Distance.
 
 def statistics(d, seed):
@@ -60,7 +63,7 @@ def statistics(d, seed):
 def distance(d):
     """fid.py's."""
     a, b = statistics(d, 0), statistics(d, 1)
-    return lambda: fid.frechet_distance(*a, *b)
+    return lambda: frechet.frechet_distance(*a, *b)
 
 
 def distance_sqrtm(d):
@@ -70,11 +73,12 @@ def distance_sqrtm(d):
     return lambda: float(calculate_frechet_distance(*a, *b))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # Features.
 
 def random_weights():
-    """Random weights in the layout of the FID's Inception-v3: He's, so that activations keep their size."""
+    """Random weights in the layout of the FID's Inception-v3: He's, so that activations keep their
+    size."""
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
     class Unloaded(FeatureExtractorInceptionV3):
@@ -83,7 +87,8 @@ def random_weights():
 
     with tempfile.NamedTemporaryFile() as file:
         torch.save({}, file.name)
-        weights = Unloaded("inception-v3-compat", ["2048"], feature_extractor_weights_path=file.name).state_dict()
+        weights = Unloaded("inception-v3-compat", ["2048"],
+                           feature_extractor_weights_path=file.name).state_dict()
     for name, tensor in weights.items():
         if name.endswith("conv.weight"):
             tensor.normal_(0, (2 / tensor[0].numel()) ** 0.5)
@@ -92,9 +97,9 @@ def random_weights():
 
 def ours(folder, weights):
     """fid.py's statistics, features kept."""
-    rt = runtime.start()
-    extractor = features.Extractor("inception", rt, weights, files.sha256(weights))
-    return lambda: fid.compute(features.folder_images(folder), extractor, rt, keep=True).features.mean().item()
+    extractor = features.Extractor("inception", distributed.init(), weights, files.sha256(weights))
+    return lambda: frechet.compute(features.open_images(folder), extractor,
+                                   keep=True).features.mean().item()
 
 
 def torch_fidelity(folder, weights):
@@ -104,16 +109,19 @@ def torch_fidelity(folder, weights):
     extractor = create_feature_extractor("inception-v3-compat", ["2048"], cuda=cuda, verbose=False,
                                          feature_extractor_weights_path=str(weights))
     return lambda: extract_featuresdict_from_input_id(
-        1, extractor, input1=str(folder), cuda=cuda, verbose=False, batch_size=64)["2048"].mean().item()
+        1, extractor, input1=str(folder), cuda=cuda, verbose=False,
+        batch_size=64)["2048"].mean().item()
 
 
 def pytorch_fid(folder, weights):
-    """pytorch-fid's features, with its command's defaults: 50 images a batch, one worker a core up to 8."""
+    """pytorch-fid's features, with its command's defaults: 50 images a batch, one worker a core up
+    to 8."""
     import os
 
     from pytorch_fid import fid_score, inception
-    inception.load_state_dict_from_url = lambda *args, **kwargs: torch.load(weights, weights_only=True)
-    device = runtime.start().device
+    inception.load_state_dict_from_url = lambda *args, **kwargs: torch.load(weights,
+                                                                            weights_only=True)
+    device = distributed.init()
     model = inception.InceptionV3().to(device)
     paths = sorted(Path(folder).glob("*.png"))
     return lambda: fid_score.get_activations(paths, model, device=device,

@@ -3,8 +3,8 @@
     python benchmarks/sample.py | tee benchmarks/results/sample.md
     python benchmarks/sample.py --n 50000 --rounds 1 --amp_dtype float16            # on a GPU
 
-Untrained networks: the time is the same. plain: eager, NCHW, PNGs written after each batch, one by one. Both write n
-PNGs.
+Untrained networks: the time is the same. plain: eager, NCHW, PNGs written after each batch, one by
+one. Both write n PNGs.
 """
 
 import argparse
@@ -20,28 +20,31 @@ import torch
 from PIL import Image
 from sides import ROOT, alternate, machine, table
 
-import edm
-import options
-import runtime
 import sample
+from edm2 import diffusion, distributed
+from edm2.config import load_config
 
 
 def main():
     """Time each config's sides and print a table."""
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--configs", nargs="+", default=["cifar10/C", "cifar10/E", "cifar10/G"])
     p.add_argument("--n", type=int, default=64, help="images")
     p.add_argument("--rounds", type=int, default=3)
     p.add_argument("--steps", type=int, default=18)
     p.add_argument("--amp_dtype", choices=["float16", "bfloat16"])
     args = p.parse_args()
-    print(f"`{shlex.join(['python', *sys.argv])}`, {machine()}, {args.n} images in {args.steps} steps\n")
+    print(f"`{shlex.join(['python', *sys.argv])}`, {machine()}, {args.n} images in {args.steps} "
+          f"steps\n")
     for name in args.configs:
-        config = options.load_config(ROOT / "config" / f"{name}.yaml")
+        config = load_config(ROOT / "config" / f"{name}.yaml")
         with tempfile.TemporaryDirectory() as folder:
-            timings = alternate({f"{name}, {way}": (side, config, args, f"{folder}/{way}")
-                                 for way, side in (("sample.py", fast), ("plain", plain))}, args.rounds, warmup=0)
-            most = max(np.abs(read(f"{folder}/sample.py", i) - read(f"{folder}/plain", i)).max() for i in range(args.n))
+            timings = alternate({f"{name}, {way}": (side, config, args, Path(folder) / way)
+                                 for way, side in (("sample.py", fast), ("plain", plain))},
+                                args.rounds, warmup=0)
+            most = max(np.abs(read(f"{folder}/sample.py", i) - read(f"{folder}/plain", i)).max()
+                       for i in range(args.n))
         print(table(timings, f"{name}, plain", {
             "images per second": lambda t: f"{args.n / t.median:.2f}",
             "most a pixel differs (grey levels)": lambda t, most=most: f"{most}"}), flush=True)
@@ -55,50 +58,47 @@ def read(folder, i):
 def denoiser(config, amp_dtype):
     """An untrained network whose output is not 0."""
     torch.manual_seed(0)
-    model = edm.build(config, amp_dtype and getattr(torch, amp_dtype))
+    model = diffusion.build(config, amp_dtype and getattr(torch, amp_dtype))
     with torch.no_grad():
         for name, p in model.named_parameters():
             if name.endswith("gain"):
                 p.fill_(1)
-    return model.to(runtime.start().device).eval().requires_grad_(False)
+    return model.eval().requires_grad_(False)
 
 
 def fast(config, args, folder):
     """What sample.py does with a network that is loaded."""
-    rt = runtime.start()
-    model = denoiser(config, args.amp_dtype).to(memory_format=torch.channels_last)
-    if rt.device.type == "cuda":
-        model.net.compile()
-    settings = SimpleNamespace(n_samples=args.n, batch_gpu=None, seed=0, steps=args.steps, eta=0.0,
-                               clip_denoised=False)
+    model = diffusion.deploy(denoiser(config, args.amp_dtype), distributed.init())
+    settings = SimpleNamespace(n_samples=args.n, seed=0, steps=args.steps, eta=0.0,
+                               clip_denoised=False, batch_gpu=None)
 
     def run():
-        shutil.rmtree(folder, ignore_errors=True)
-        (Path(folder) / "images").mkdir(parents=True)
-        size = sample.choose_batch(model, {}, config, settings, rt)
-        sample.write_images(model, set(range(args.n)), size, Path(folder), config, settings, rt)
+        make_anew(folder)
+        sample.write_images(model, range(args.n), settings, folder)
     return run
 
 
 def plain(config, args, folder):
     """The plain path: batches of 64 on the CPU and of 500 on a GPU."""
-    device = runtime.start().device
-    model, shape = denoiser(config, args.amp_dtype), config["network"]["image_shape"]
+    device = distributed.init()
+    model = denoiser(config, args.amp_dtype).to(device)
     size = 500 if device.type == "cuda" else 64
 
     def run():
-        shutil.rmtree(folder, ignore_errors=True)
-        (Path(folder) / "images").mkdir(parents=True)
+        make_anew(folder)
         for start in range(0, args.n, size):
             indices = range(start, min(start + size, args.n))
-            images = edm.generate(model, indices, shape, device, 0, args.steps).cpu()
+            images = diffusion.generate(model, indices, 0, args.steps).cpu()
             for i, image in zip(indices, images, strict=True):
                 Image.fromarray(image.permute(1, 2, 0).squeeze(-1).numpy()).save(
-                    Path(folder) / "images" / f"{i:06d}.png")
+                    folder / "images" / f"{i:06d}.png")
     return run
 
 
-plain.default_malloc = True
+def make_anew(folder):
+    """An empty folder for images."""
+    shutil.rmtree(folder, ignore_errors=True)
+    (folder / "images").mkdir(parents=True)
 
 
 if __name__ == "__main__":

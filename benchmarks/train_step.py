@@ -1,107 +1,137 @@
 """A training step: train.py's against the plain path and a public peer, in turns, in one run.
 
-    python benchmarks/train_step.py                                     # 39.5M networks; batch 8 on the CPU
+    python benchmarks/train_step.py                          # 39.5M networks; batch 8 on the CPU
     python benchmarks/train_step.py --configs digits/G --batch 64
-    python benchmarks/train_step.py --compile --profile                 # torch.compile on the CPU too: minutes at first
-    python benchmarks/train_step.py --amp_dtype bfloat16 --peer         # the peer needs benchmarks/requirements.txt
+    python benchmarks/train_step.py --configs digits/G --batch 64 --tree ../before --rounds 101
+    python benchmarks/train_step.py --compile --profile      # torch.compile on the CPU: minutes
+    python benchmarks/train_step.py --amp_dtype bfloat16 --peer     # needs requirements.txt
 
-plain: the same mathematics as the predecessor runs it: eager, NCHW, Adam and EMA tensor by tensor, one DataLoader
-worker with PIL transforms, the loss fetched in every step. peer: the Karras U-Net (Config G) of
-denoising-diffusion-pytorch at the width and blocks of ours, in the plain loop. Each is a process of its own.
+train.py: train.py itself, a step from its signals.hold to its signals.agree; what comes at an
+epoch's end is not in it. plain: the same mathematics as the predecessor runs it: eager, NCHW, Adam
+and EMA tensor by tensor, one DataLoader worker with PIL transforms, the loss fetched in every step.
+peer: the Karras U-Net (Config G) of denoising-diffusion-pytorch at the width and blocks of ours, in
+the plain loop. --tree: another checkout of this repository, on this one's config; instead of plain,
+whose worker would disturb the side that comes after it. Each is a process of its own.
 """
 
 import argparse
+import contextlib
+import io
 import shlex
 import statistics
 import sys
 import tempfile
 import time
-from types import SimpleNamespace
+from pathlib import Path
+from unittest import mock
 
 import torch
-from sides import ROOT, alternate, machine, times_faster
+from sides import ROOT, alternate, flags, machine, ratios, times_faster
 
-import data
-import dynamics
-import edm
-import logs
-import options
-import runtime
-import train
+from edm2 import diffusion, distributed, dynamics
+from edm2.config import load_config
 
-N_TRAIN = {"digits": 1437, "cifar10": 50_000, "cifar100": 50_000, "tinyimagenet": 100_000}      # Else 50,000 images.
+N_TRAIN = {"digits": 1437, "tinyimagenet": 100_000}     # Images; of the others 50,000.
+# No output and no evaluation; the sample grid of epoch 0, which is not timed, as small as can be.
+QUIET = ["save_model=false", "eval_every=null", "n_sample=1"]
 
 
 def main():
     """Time each config's sides and print the tables."""
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--configs", nargs="+", default=["cifar10/C", "cifar10/E", "cifar10/G"])
-    p.add_argument("--batch", type=int, help="images per step (default: 8 on the CPU, else that of the config)")
+    p.add_argument("--batch", type=int,
+                   help="images per step (default: 8 on the CPU, else that of the config)")
     p.add_argument("--amp_dtype", choices=["float16", "bfloat16"])
     p.add_argument("--rounds", type=int, default=9)
+    p.add_argument("--tree", type=Path, action="append", default=[], metavar="PATH",
+                   help="train.py of another checkout (again for more) instead of plain")
     p.add_argument("--peer", action="store_true", help="the Karras U-Net, too")
-    p.add_argument("--compile", action="store_true", help="train.py --compile, too: on the CPU that is not the default")
+    p.add_argument("--compile", action="store_true",
+                   help="train.py --compile, too: on the CPU that is not the default")
     p.add_argument("--profile", action="store_true", help="where the time of a step goes, too")
     args = p.parse_args()
-    cpu = not torch.cuda.is_available()
-    overrides = ["dynamics_every=0", *([f"batch_size={args.batch or 8}"] if args.batch or cpu else [])]
-    configs = {name: options.load_config(ROOT / "config" / f"{name}.yaml", overrides) for name in args.configs}
+    cpu, amp_dtype = not torch.cuda.is_available(), args.amp_dtype
+    overrides = ["dynamics_every=0"]
+    if args.batch or cpu:
+        overrides.append(f"batch_size={args.batch or 8}")
+    configs = {name: load_config(ROOT / "config" / f"{name}.yaml", overrides)
+               for name in args.configs}
 
     sides = {}
     for name, config in configs.items():
-        sides[f"{name}, train.py"] = (fast, config, args.amp_dtype)
+        sides[f"{name}, train.py"] = (fast, ROOT, name, overrides, amp_dtype)
         if args.compile and cpu:
-            sides[f"{name}, train.py --compile"] = (fast, config, args.amp_dtype, True)
-        sides[f"{name}, plain"] = (plain, config, args.amp_dtype)
+            sides[f"{name}, train.py --compile"] = (fast, ROOT, name, overrides, amp_dtype, True)
+        for tree in args.tree:
+            sides[f"{name}, {tree}"] = (fast, tree.resolve(), name, overrides, amp_dtype)
+        if not args.tree:
+            sides[f"{name}, plain"] = (plain, config, amp_dtype)
     if args.peer:
-        sides["peer"] = (peer, configs[args.configs[-1]], args.amp_dtype)
+        sides["peer"] = (peer, config, amp_dtype)
     timings = alternate(sides, args.rounds)
-    reached = max(matrix_flops(args.amp_dtype) for _ in range(3))
+    reached = max(matrix_flops(amp_dtype) for _ in range(3))
 
     print(f"`{shlex.join(['python', *sys.argv])}`, {machine()}; a matrix product reaches "
           f"{reached / 1e12:.3g} TFLOP/s\n")
-    peak = runtime.peak_flops(runtime.start().device) if args.amp_dtype else None
-    print("| side | parameters | batch | step, median (s) | least to most | img/s | TFLOP/s | of a matrix product's "
-          "| MFU | peak memory (GB) | times faster than plain |\n" + "|---" * 11 + "|")
+    peak = diffusion.peak_flops(distributed.init()) if amp_dtype else None
+    print("| side | parameters | batch | step, median (s) | least to most | img/s | TFLOP/s "
+          "| of a matrix product's | MFU | peak memory (GB) | page faults "
+          "| times faster than plain |\n" + "|---" * 12 + "|")
     for side, timing in timings.items():
         name = side.partition(",")[0]
         config = configs[args.configs[-1] if name == "peer" else name]
-        n_parameters, gflop = peer_cost(config) if name == "peer" else edm.cost(config)
-        B, flops = config["batch_size"], gflop * 1e9 * config["batch_size"] / timing.median
+        n_parameters, gflop = peer_cost(config) if name == "peer" else diffusion.cost(config)
+        B, flops = config.batch_size, gflop * 1e9 * config.batch_size / timing.median
         against = timings.get(f"{name}, plain")
         faster = f"{times_faster(timing, against):.2f}" if against else "-"
-        print(f"| {side} | {n_parameters:,} | {B} | {timing.median:.4f} | {min(timing.seconds):.4f} to "
-              f"{max(timing.seconds):.4f} | {B / timing.median:.1f} | {flops / 1e12:.3f} | {flops / reached:.1%} "
-              f"| {f'{flops / peak:.1%}' if peak else '-'} | {timing.memory:.2f} | {faster} |")
-    if args.peer:
-        name = args.configs[-1]
-        ours, loop = (times_faster(timings[f"{name}, {way}"], timings["peer"]) for way in ("train.py", "plain"))
-        print(f"\nTimes faster than the peer in the plain loop: {name} by train.py {ours:.2f}, in the plain loop "
-              f"{loop:.2f}")
-    print("\n| train.py | data (draws, look-up) | EMA | figures, every 50 steps | together | optimizer | a record of "
-          "dynamics | all of them in the run |\n" + "|---" * 8 + "|")
+        print(f"| {side} | {n_parameters:,} | {B} | {timing.median:.4f} "
+              f"| {min(timing.seconds):.4f} to {max(timing.seconds):.4f} | {B / timing.median:.1f} "
+              f"| {flops / 1e12:.3f} | {flops / reached:.1%} "
+              f"| {f'{flops / peak:.1%}' if peak else '-'} | {timing.memory:.2f} "
+              f"| {statistics.median(timing.faults):,.0f} | {faster} |")
+    compare(timings, args)
+    print("\n| train.py | data (draws, look-up) | EMA | figures, every 50 steps | together "
+          "| optimizer | a record of dynamics | all of them in the run |\n" + "|---" * 8 + "|")
     for name, config in configs.items():
-        parts = alternate({name: (shares, config | {"dynamics_every": 1}, args.amp_dtype)}, 5)[name].returned
-        for part in parts:
-            part["step"] -= part["dynamics"]
-        share = {key: statistics.median(part[key] / part["step"] for part in parts) for key in parts[0]}
-        steps = config["n_epoch"] * (N_TRAIN.get(config["dataset"], 50_000) // config["batch_size"])
+        timing = alternate({name: (shares, name, overrides, amp_dtype)}, 5)[name]
+        for part, seconds in zip(timing.returned, timing.seconds, strict=True):
+            part["step"] = seconds - part["dynamics"] - part["figures"]
+        share = {key: statistics.median(part[key] / part["step"] for part in timing.returned)
+                 for key in timing.returned[0]}
+        steps = config.n_epoch * (N_TRAIN.get(config.dataset, 50_000) // config.batch_size)
         waiting = share["data"] + share["ema"] + share["figures"] / 50
-        print(f"| {name} | {share['data']:.2%} | {share['ema']:.2%} | {share['figures'] / 50:.2%} | {waiting:.2%} "
-              f"| {share['optimizer']:.2%} | {share['dynamics']:.1%} of a step "
+        print(f"| {name} | {share['data']:.2%} | {share['ema']:.2%} | {share['figures'] / 50:.2%} "
+              f"| {waiting:.2%} | {share['optimizer']:.2%} | {share['dynamics']:.1%} of a step "
               f"| {share['dynamics'] / dynamics.default_every(steps):.2%} |", flush=True)
     if args.profile:
-        found = {f"{name}, {way}": alternate({way: (profile, make, config, args.amp_dtype)}, 1, 1)[way].returned[0]
-                 for name, config in configs.items() for way, make in (("train.py", fast), ("plain", plain))}
+        found = {side: alternate({side: (profile, *how)}, 1, 1)[side].returned[0]
+                 for side, how in sides.items() if side != "peer"}
         print(f"\n| seconds of a step, by name of the operation | {' | '.join(found)} |\n"
               + "|---" * (len(found) + 1) + "|")
         for kind in [*KINDS, "other"]:
-            print(f"| {kind} | {' | '.join(f'{shares[kind]:.3f}' for shares in found.values())} |")
+            print(f"| {kind} | {' | '.join(f'{parts[kind]:.3f}' for parts in found.values())} |")
+
+
+def compare(timings, args):
+    """Print how train.py's step compares with those of other checkouts, and with the peer's."""
+    for name in args.configs if args.tree else ():
+        for tree in args.tree:
+            found = ratios(timings[f"{name}, train.py"], timings[f"{name}, {tree}"])
+            low, median, high = statistics.quantiles(found, n=4)
+            print(f"\nA step of {name} takes {median:.3f} times as long as that of {tree} (median "
+                  f"of the rounds' ratios; half of them are from {low:.3f} to {high:.3f})")
+    if args.peer:
+        ways = {side: times_faster(timing, timings["peer"]) for side, timing in timings.items()
+                if side.partition(",")[0] == args.configs[-1]}
+        print("\nTimes faster than the peer in the plain loop: "
+              + "; ".join(f"{side} {faster:.2f}" for side, faster in ways.items()))
 
 
 def matrix_flops(amp_dtype):
     """FLOP/s of one large matrix product."""
-    device = runtime.start().device
+    device = distributed.init()
     n = 8192 if device.type == "cuda" else 2048
     a = torch.randn(n, n, device=device, dtype=getattr(torch, amp_dtype or "float32"))
     for _ in range(2):                      # The first is a warm-up.
@@ -113,36 +143,85 @@ def matrix_flops(amp_dtype):
     return 2 * n ** 3 / seconds
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The sides: each function returns one that makes a training step.
-
-def random_images(config):
-    """A data set of noise, (N,C,H,W) uint8: as many images as CIFAR-10 has on a GPU, fewer on the CPU."""
-    n = 50_000 if torch.cuda.is_available() else max(1024, config["batch_size"])
-    return torch.randint(0, 256, (n, *config["network"]["image_shape"]), dtype=torch.uint8)
+def random_images(batch_size, shape):
+    """A data set of noise, (N,C,H,W) uint8: as many images as CIFAR-10 has on a GPU, fewer on the
+    CPU."""
+    n = 50_000 if torch.cuda.is_available() else max(1024, batch_size)
+    return torch.randint(0, 256, (n, *shape), dtype=torch.uint8)
 
 
-def trainer(config, amp_dtype, compiled=None):
-    """What train.py trains with, at its defaults."""
-    flags = SimpleNamespace(use_amp=bool(amp_dtype), amp_dtype=amp_dtype, compile=compiled, channels_last=True,
-                            batch_gpu=None, max_steps=None)
-    rt = runtime.start()
-    return train.Training(config, flags, rt, data.to_device(random_images(config), rt.device))
+# ----------------------------------------------------------------------------------------------
+# train.py.
+
+class Steps:
+    """train.py's signals, of which there are none: a step is a turn, from hold() to agree()."""
+
+    def __init__(self, turns):
+        self.turns = turns
+
+    def hold(self, held):
+        """Before a step; not held: at an epoch's end."""
+        if held:
+            self.turns.begin()
+
+    def agree(self, save):
+        """After a step: there is no signal and no save."""
+        self.turns.end()
+        return 0, False
 
 
-def fast(config, amp_dtype, compiled=None):
-    """The step of train.py."""
-    t = trainer(config, amp_dtype, compiled)
+def fast(tree, name, overrides, amp_dtype, compiled=None):
+    """Training by the train.py of a checkout, with a config of this one, on random images."""
+    path = ROOT / "config" / f"{name}.yaml"
+    if tree != ROOT:
+        for module in [name for name, module in sys.modules.items() if Path(
+                getattr(module, "__file__", None) or "/").parent in (ROOT, ROOT / "edm2")]:
+            del sys.modules[module]
+        sys.path.insert(0, str(tree))
+    if not (tree / "edm2").is_dir():
+        return before_edm2(path, [*overrides, *QUIET], flags(amp_dtype, compiled))
+    import train
+    from edm2 import data, distributed
+    argv = ["train.py", "--config", str(path), *(["--compile"] if compiled else [])]
+    argv += ["--amp_dtype", amp_dtype] if amp_dtype else []
+
+    def load(config):
+        return random_images(config.batch_size, config.network.image_shape), None
+
+    def run(turns):
+        with (tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()),
+              contextlib.redirect_stderr(io.StringIO()), mock.patch.object(data, "load", load),
+              mock.patch.object(distributed, "Signals", lambda: Steps(turns))):
+            words = [*overrides, *QUIET, f"save_dir={folder}"]
+            words = [word for override in words for word in ("--set", override)]
+            with mock.patch.object(sys, "argv", [*argv, *words]):
+                train.main()
+    return run
+
+
+def before_edm2(path, overrides, args):
+    """The step of a checkout whose modules lie flat beside train.py."""
+    import data
+    import options
+    import runtime
+
+    import train
+    config, rt = options.load_config(path, overrides), runtime.start()
+    B, shape = config["batch_size"], config["network"]["image_shape"]
+    t = train.Training(config, args, rt, data.to_device(random_images(B, shape), rt.device))
 
     def step():
-        index = torch.randint(len(t.images), (config["batch_size"],), device=t.images.device)
-        t.training_step(index)
+        t.training_step(torch.randint(len(t.images), (B,), device=t.images.device))
     return step
 
 
+# ----------------------------------------------------------------------------------------------
+# The other sides: each function returns one that makes a training step.
+
 def plain(config, amp_dtype):
     """The step as the predecessor makes it, of our network."""
-    return plain_loop(edm.build(config, amp_dtype and getattr(torch, amp_dtype)), config, amp_dtype)
+    denoiser = diffusion.build(config, amp_dtype and getattr(torch, amp_dtype))
+    return plain_loop(denoiser, config, amp_dtype)
 
 
 def peer(config, amp_dtype):
@@ -150,19 +229,17 @@ def peer(config, amp_dtype):
     return plain_loop(peer_denoiser(config, amp_dtype), config, amp_dtype)
 
 
-plain.default_malloc = peer.default_malloc = True
-
-
 def plain_loop(denoiser, config, amp_dtype):
     """A training step without anything that makes it fast."""
     from ema_pytorch import EMA
-    device = runtime.start().device
+    device = distributed.init()
     denoiser.to(device).train()
-    ema = EMA(denoiser.net, beta=config["ema"], update_after_step=0, update_every=1)
-    optimizer = torch.optim.Adam(denoiser.parameters(), lr=config["lrate"], betas=config["optim_args"]["betas"],
-                                 foreach=False, fused=False)
+    ema = EMA(denoiser.net, beta=config.ema, update_after_step=0, update_every=1)
+    optimizer = torch.optim.Adam(denoiser.parameters(), lr=config.lrate,
+                                 betas=config.optim_args.betas, foreach=False, fused=False)
     scaler = torch.amp.GradScaler(device.type, init_scale=64.0, enabled=amp_dtype == "float16")
-    batches = plain_batches(random_images(config), config["batch_size"])
+    batches = plain_batches(random_images(config.batch_size, config.network.image_shape),
+                            config.batch_size)
 
     def step():
         y = next(batches).to(device)
@@ -186,7 +263,8 @@ class Pictures(torch.utils.data.Dataset):
     def __init__(self, images):
         from torchvision import transforms
         self.pixels = images.permute(0, 2, 3, 1).numpy()
-        self.transform = transforms.Compose([transforms.RandomHorizontalFlip(), transforms.ToTensor()])
+        self.transform = transforms.Compose([transforms.RandomHorizontalFlip(),
+                                             transforms.ToTensor()])
 
     def __len__(self):
         return len(self.pixels)
@@ -194,34 +272,36 @@ class Pictures(torch.utils.data.Dataset):
     def __getitem__(self, i):
         from PIL import Image
         image = self.pixels[i]
-        return self.transform(Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)) * 2 - 1
+        image = image[..., 0] if image.shape[-1] == 1 else image
+        return self.transform(Image.fromarray(image)) * 2 - 1
 
 
 def plain_batches(images, batch_size):
     """Batches (B,C,H,W) in [-1,1] from one DataLoader worker, without end."""
-    loader = torch.utils.data.DataLoader(Pictures(images), batch_size, shuffle=True, drop_last=True, num_workers=1,
-                                         pin_memory=torch.cuda.is_available())
+    loader = torch.utils.data.DataLoader(
+        Pictures(images), batch_size, shuffle=True, drop_last=True, num_workers=1,
+        pin_memory=torch.cuda.is_available())
     while True:
         yield from loader
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # The peer.
 
 class KarrasUnet(torch.nn.Module):
     """The peer's U-Net with the calls of ours: its levels double up to the widest of ch_mults."""
 
-    def __init__(self, config):
+    def __init__(self, network):
         from denoising_diffusion_pytorch import KarrasUnet as Peer
         super().__init__()
-        network = config["network"]
-        dim, mults, flags = network["n_channels"], network["ch_mults"], network["is_attn"]
-        size = network["image_shape"][-1]
-        self.net = Peer(image_size=size, channels=network["image_shape"][0], dim=dim, dim_max=dim * max(mults),
-                        num_downsamples=len(mults) - 1, num_blocks_per_stage=network["n_blocks"] - 1,
-                        attn_res=tuple(size >> level for level, flag in enumerate(flags) if flag),
-                        attn_dim_head=network["attn_channels_per_head"], fourier_dim=dim, dropout=network["dropout"],
-                        attn_flash=True)
+        size, dim, mults = network.image_shape[-1], network.n_channels, network.ch_mults
+        self.net = Peer(image_size=size, channels=network.image_shape[0], dim=dim,
+                        dim_max=dim * max(mults), num_downsamples=len(mults) - 1,
+                        num_blocks_per_stage=network.n_blocks - 1,
+                        attn_res=tuple(size >> level for level, flag in enumerate(network.is_attn)
+                                       if flag),
+                        attn_dim_head=network.attn_channels_per_head, fourier_dim=dim,
+                        dropout=network.dropout, attn_flash=True)
 
     def forward(self, x, c_noise, return_features=False):
         return self.net(x, c_noise)
@@ -229,91 +309,99 @@ class KarrasUnet(torch.nn.Module):
 
 def peer_denoiser(config, amp_dtype):
     """Our preconditioning and loss around the peer's network."""
-    ours = edm.build(config)
-    return edm.EDM(KarrasUnet(config), ours.uncertainty, **config["diffusion"],
-                   amp_dtype=amp_dtype and getattr(torch, amp_dtype))
+    return diffusion.EDM(KarrasUnet(config.network), diffusion.build(config).uncertainty,
+                         config.diffusion, config.network.image_shape,
+                         amp_dtype and getattr(torch, amp_dtype))
 
 
 def peer_cost(config):
-    """As edm.cost, of the peer."""
+    """As diffusion.cost, of the peer."""
     from torch.utils.flop_counter import FlopCounterMode
     denoiser = peer_denoiser(config, None)
-    y = torch.randn(1, *config["network"]["image_shape"])
+    y = torch.randn(1, *config.network.image_shape)
     with FlopCounterMode(display=False) as counter:
         denoiser(y, torch.randn(1), torch.randn_like(y))[0].sum().backward()
-    return sum(p.numel() for p in denoiser.net.parameters()), counter.get_total_flops() / 1e9
+    return (sum(p.numel() for p in denoiser.net.parameters()),
+            counter.get_total_flops() / 1e9)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # Where a step's time goes.
 
-def shares(config, amp_dtype):
-    """A step that returns the seconds of its parts; the device is waited for around each."""
-    t, spent = trainer(config, amp_dtype), {}
+def shares(name, overrides, amp_dtype):
+    """Steps of train.py with all figures and a record of the dynamics in each, which return the
+    seconds of their parts; the device is waited for around each part."""
+    import train
+    from edm2 import data, log
+    spent = {}
 
-    def timed(key, function):
+    def wait():
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+
+    def time_spent(key, owner, name):
+        function = getattr(owner, name)
+
         def call(*arguments, **named):
             wait()
             start = time.perf_counter()
             value = function(*arguments, **named)
             wait()
-            spent[key] += time.perf_counter() - start
+            part = "dynamics" if "dynamics" in arguments else key       # Of Log.write.
+            spent[part] += time.perf_counter() - start
             return value
-        return call
+        setattr(owner, name, call)
 
-    def wait():
-        if t.rt.device.type == "cuda":
-            torch.cuda.synchronize()
+    for key, owner, name_of in (
+            ("data", train, "draw"), ("data", data, "batch"), ("ema", train.Averages, "update"),
+            ("optimizer", torch.amp.GradScaler, "step"), ("figures", train.Run, "figures"),
+            ("figures", diffusion.Throughput, "read"), ("figures", log.Log, "write"),
+            ("dynamics", dynamics.Recorder, "before_update"),
+            ("dynamics", dynamics.Recorder, "after_update")):
+        time_spent(key, owner, name_of)
+    function = fast(ROOT, name, [*overrides, "dynamics_every=1", "log_every=1"], amp_dtype)
 
-    data.batch, t.draw = timed("data", data.batch), timed("data", t.draw)
-    for name in ("before_update", "after_update"):
-        setattr(t.recorder, name, timed("dynamics", getattr(t.recorder, name)))
-    t.ema.update, t.optimizer.step = timed("ema", t.ema.update), timed("optimizer", t.optimizer.step)
-    meter = train.Meter(t)
-    read = timed("figures", meter.read)
-    log = logs.Log(tempfile.mkdtemp(), 0, True)
-    write = timed("dynamics", log.dynamics)
-
-    def one_step(index):
-        grad_norm = t.training_step(index)
-        t.settle_ema()
-        write(t.step, t.recorder.take())
-        return grad_norm
-
-    def step():
-        spent.update(dict.fromkeys(("data", "ema", "optimizer", "dynamics", "figures", "step"), 0.0))
-        grad_norm = timed("step", one_step)(torch.arange(config["batch_size"], device=t.images.device))
-        read(0, 0, grad_norm)
-        return dict(spent)
-    return step
+    def run(turns):
+        turns.before = lambda: spent.update(dict.fromkeys(
+            ("data", "ema", "figures", "optimizer", "dynamics", "step"), 0.0))
+        turns.after = lambda: dict(spent)
+        turns.take(function)
+    return run
 
 
-# What the names of PyTorch's operations hold; of a GPU's kernels, whose names tell less, a rough guess.
+# What the names of PyTorch's operations hold; of a GPU's kernels, whose names tell less, a guess.
 KINDS = {
     "convolutions": ("conv", "cudnn", "xmma", "implicit", "wgrad", "dgrad"),
-    "attention and matrix products": ("attention", "flash", "fmha", "bmm", "aten::mm", "addmm", "gemm"),
+    "attention and matrix products": ("attention", "flash", "fmha", "bmm", "aten::mm", "addmm",
+                                      "gemm"),
     "dropout": ("bernoulli", "dropout"),
     "optimizer": ("adam", "Adam"),
     "EMA": ("lerp",),
 }
 
 
-def profile(make, config, amp_dtype):
-    """A function that makes one step and returns the seconds of each of KINDS in it."""
-    from torch.profiler import ProfilerActivity
-    step = make(config, amp_dtype)
-    cuda = torch.cuda.is_available()
+def profile(make, *arguments):
+    """Steps of a side that return the seconds of each of KINDS in them."""
+    function, cuda = make(*arguments), torch.cuda.is_available()
+    kind = torch.profiler.ProfilerActivity
 
-    def run():
-        with torch.profiler.profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as p:
-            step()
-            if cuda:
-                torch.cuda.synchronize()
-        spent = dict.fromkeys([*KINDS, "other"], 0.0)
-        for event in p.key_averages():
-            kind = next((kind for kind, words in KINDS.items() if any(word in event.key for word in words)), "other")
-            spent[kind] += (event.self_device_time_total if cuda else event.self_cpu_time_total) / 1e6
-        return spent
+    def run(turns):
+        def before():
+            turns.profiler = torch.profiler.profile(activities=[kind.CUDA if cuda else kind.CPU])
+            turns.profiler.start()
+
+        def after():
+            turns.profiler.stop()
+            spent = dict.fromkeys([*KINDS, "other"], 0.0)
+            for event in turns.profiler.key_averages():
+                name = next((name for name, words in KINDS.items()
+                             if any(word in event.key for word in words)), "other")
+                spent[name] += (event.self_device_time_total if cuda
+                                else event.self_cpu_time_total) / 1e6
+            return spent
+
+        turns.before, turns.after = before, after
+        turns.take(function)
     return run
 
 

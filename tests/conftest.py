@@ -1,7 +1,9 @@
-"""What the tests share: a tiny config, the commands as real processes, and where the real data lie."""
+"""What the tests share: a tiny config, the commands in this process or as real ones, the real data."""
 
 import contextlib
 import hashlib
+import importlib
+import io
 import json
 import os
 import signal
@@ -10,37 +12,41 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
 
+from edm2.errors import command
+
 ROOT = Path(__file__).parents[1]
 DATA = ROOT.parent / "shared" / "data"
 NETS = ["UNetC", "UNetE", "UNetG"]
 
-signal.signal(signal.SIGHUP, signal.SIG_DFL)        # Under nohup the commands would rightly ignore it.
-
-# Under pytest-xdist each worker, and all that it starts, has one core of its own: threads of two tests on one core
-# wait for each other and slow both down tenfold.
+# Under pytest-xdist each worker, and all that it starts, has one core of its own: threads of two
+# tests on one core wait for each other and slow both down tenfold.
 if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):
     cores = sorted(os.sched_getaffinity(0))
-    os.sched_setaffinity(0, {cores[int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw")) % len(cores)]})
+    os.sched_setaffinity(0, {cores[int(os.environ["PYTEST_XDIST_WORKER"][2:]) % len(cores)]})
     torch.set_num_threads(1)
 
-needs_cifar10 = pytest.mark.skipif(not (DATA / "cifar-10-batches-py").is_dir(), reason=f"no CIFAR-10 in {DATA}")
-needs_tiny = pytest.mark.skipif(not (DATA / "tiny-imagenet-200-small.zip").is_file(), reason=f"no zip in {DATA}")
+needs_cifar10 = pytest.mark.skipif(not (DATA / "cifar-10-batches-py").is_dir(),
+                                   reason=f"no CIFAR-10 in {DATA}")
+needs_tiny = pytest.mark.skipif(not (DATA / "tiny-imagenet-200-small.zip").is_file(),
+                                reason=f"no zip of Tiny ImageNet in {DATA}")
 
 
 def tiny_config(folder, net_type="UNetC", **changes):
-    """Write a config of a small network on the digits, 10 steps an epoch, to folder; return its path."""
+    """Write a config of a small network on the digits, 10 steps an epoch, to folder; its path."""
     config = {
         "dataset": "digits", "net_type": net_type,
-        "network": {"image_shape": [1, 8, 8], "n_channels": 32, "ch_mults": [1, 1], "is_attn": [False, True],
-                    "attn_channels_per_head": 16, "dropout": 0.0, "n_blocks": 1},
-        "n_epoch": 2, "batch_size": 140, "lrate": 1e-3 if net_type == "UNetC" else 1e-2, "warm_epoch": 0.5,
-        "ema": 0.99, "n_sample": 4, "log_every": 5, "save_dir": str(folder / "run"), "cache_dir": str(folder / "cache"),
-        "dynamics_every": 0,
+        "network": {"image_shape": [1, 8, 8], "n_channels": 32, "ch_mults": [1, 1],
+                    "is_attn": [False, True], "attn_channels_per_head": 16, "dropout": 0.0,
+                    "n_blocks": 1},
+        "n_epoch": 2, "batch_size": 140, "lrate": 1e-3 if net_type == "UNetC" else 1e-2,
+        "warm_epoch": 0.5, "ema": 0.99, "n_sample": 4, "log_every": 5, "dynamics_every": 0,
+        "save_dir": str(folder / "run"), "cache_dir": str(folder / "cache"),
     }
     network = config["network"] | changes.pop("network", {})
     path = Path(folder) / "config.yaml"
@@ -48,37 +54,65 @@ def tiny_config(folder, net_type="UNetC", **changes):
     return path
 
 
-def launch(script, *args, processes=None, restarts=0, port=None):
-    """The command line and environment of a command, under torchrun where `processes` is given; with a port as on one
-    machine of two."""
-    launcher = [sys.executable]
-    if processes:
-        machines = ["--nnodes=2", "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}"] if port else [
-            "--standalone"]
-        launcher = [str(Path(sys.executable).with_name("torchrun")), *machines, f"--nproc_per_node={processes}",
-                    f"--max-restarts={restarts}"]
-    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")}
-    return {"args": [*launcher, str(ROOT / script), *map(str, args)], "env": env, "text": True}
+def run(script, *args, cwd=ROOT, processes=None, **how):
+    """Run a command as a user does: `python script` in this process, or torchrun in `processes` real
+    ones. Return its returncode, stdout and stderr."""
+    if processes or how:
+        return subprocess.run(**launch(script, *args, processes=processes, **how), cwd=cwd,
+                              capture_output=True, timeout=600)
+    module = "edm2.results" if script == "results.py" else script.removesuffix(".py")
+    main, out, err = importlib.import_module(module).main, io.StringIO(), io.StringIO()
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+    before = [signal.getsignal(number) for number in numbers], torch.get_num_threads(), os.getcwd()
+    try:
+        with (pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out),
+              contextlib.redirect_stderr(err), pytest.raises(SystemExit) as end):
+            patch.chdir(cwd)
+            patch.setattr(sys, "argv", [script, *map(str, args)])
+            command(main)()
+    finally:
+        for number, handler in zip(numbers, before[0], strict=True):
+            signal.signal(number, handler)
+        torch.set_num_threads(before[1])
+        socket.setdefaulttimeout(None)
+    return SimpleNamespace(returncode=end.value.code, stdout=out.getvalue(), stderr=err.getvalue())
 
 
-def run(script, *args, cwd=ROOT, timeout=600, **how):
-    """Run a command as a user does; return the finished process."""
-    return subprocess.run(**launch(script, *args, **how), cwd=cwd, timeout=timeout, capture_output=True)
-
-
-def succeed(*args, **kwargs):
+def succeed(*args, **how):
     """Run a command and return its standard output; its errors are the test's."""
-    done = run(*args, **kwargs)
+    done = run(*args, **how)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return done.stdout
 
 
+def refused(*args, words, **how):
+    """Run a command that must end in exit code 2 and one line on stderr that holds all `words`."""
+    done = run(*args, **how)
+    lines = [line for line in done.stderr.splitlines() if line.startswith(f"{args[0]}: ")]
+    assert done.returncode == 2 and len(lines) == 1, done.stderr
+    assert "Traceback" not in done.stderr and 'File "' not in done.stderr
+    for word in words:
+        assert str(word) in lines[0], lines[0]
+
+
+def launch(script, *args, processes=None, restarts=0):
+    """The command line and environment of a real process, under torchrun where `processes` is given."""
+    launcher = [sys.executable]
+    if processes:
+        launcher = [str(Path(sys.executable).with_name("torchrun")), "--standalone",
+                    f"--nproc_per_node={processes}", f"--max-restarts={restarts}"]
+    env = {name: value for name, value in os.environ.items()
+           if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")}
+    return {"args": [*launcher, str(ROOT / script), *map(str, args)], "env": env, "text": True}
+
+
 @contextlib.contextmanager
 def started(folder, script, *args, cwd=ROOT, **how):
-    """Start a command; its output goes to folder/out and folder/err. What is left of it in the end is killed."""
+    """Start a real command; its output goes to folder/out and folder/err. What is left of it in the
+    end is killed."""
     with open(folder / "out", "w") as out, open(folder / "err", "w") as err:
-        process = subprocess.Popen(**launch(script, *args, **how), stdout=out, stderr=err, start_new_session=True,
-                                   cwd=cwd)
+        process = subprocess.Popen(**launch(script, *args, **how), stdout=out, stderr=err, cwd=cwd,
+                                   start_new_session=True)
     try:
         yield process
     finally:
@@ -86,23 +120,16 @@ def started(folder, script, *args, cwd=ROOT, **how):
         process.wait()
 
 
-def free_port():
-    """A TCP port that nothing listens on."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
 def processes_of(word):
-    """The processes with `word` in their command line: {pid: environment}; torchrun has no RANK in its own."""
+    """The processes with `word` in their command line: {pid: RANK or None}; torchrun has none."""
     found = {}
     for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            if word in (folder / "cmdline").read_text(errors="replace") and int(folder.name) != os.getpid():
+        with contextlib.suppress(OSError):      # It has ended meanwhile.
+            if word in (folder / "cmdline").read_text(errors="replace") and int(
+                    folder.name) != os.getpid():
                 lines = (folder / "environ").read_text(errors="replace").split("\0")
-                found[int(folder.name)] = dict(line.partition("=")[::2] for line in lines)
-        except OSError:                     # It has ended meanwhile.
-            pass
+                found[int(folder.name)] = next(
+                    (line[5:] for line in lines if line.startswith("RANK=")), None)
     return found
 
 
@@ -122,10 +149,11 @@ def wait_until(condition, timeout=120):
 
 
 def metrics(save_dir, key="loss"):
-    """The whole lines of metrics.jsonl that hold a figure."""
+    """The whole lines of metrics.jsonl that hold a key."""
     path = Path(save_dir) / "metrics.jsonl"
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [row for row in map(json.loads, (line for line in lines if line.endswith("\n"))) if key in row]
+    return [row for row in map(json.loads, (line for line in lines if line.endswith("\n")))
+            if key in row]
 
 
 def last_step(save_dir):
@@ -133,9 +161,15 @@ def last_step(save_dir):
     return max((row["step"] for row in metrics(save_dir)), default=0)
 
 
+def results(save_dir):
+    """The lines of results.jsonl."""
+    return [json.loads(line) for line in (Path(save_dir) / "results.jsonl").read_text().splitlines()]
+
+
 def weights(save_dir, epoch, key="network"):
     """One state dict of a checkpoint."""
-    return torch.load(Path(save_dir) / "ckpts" / f"model_{epoch}.pth", weights_only=True)[key]
+    path = Path(save_dir) / "ckpts" / f"model_{epoch}.pth"
+    return torch.load(path, weights_only=True)[key]
 
 
 def distance(a, b):
@@ -145,8 +179,20 @@ def distance(a, b):
 
 
 @pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """The folder of one run of 4 epochs of a tiny UNetE, a checkpoint each: config.yaml and run/. For
+    all tests: copy run/ to change anything in it."""
+    folder = tmp_path_factory.mktemp("trained")
+    path = tiny_config(folder, "UNetE", n_epoch=4, save_every=1, flip=True, linear={
+        "n_epoch": 20, "batch_size": 64, "lrate": 3e-3, "timestep": 4, "blockname": "out_2"})
+    succeed("train.py", "--config", path)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def inception_weights(tmp_path_factory):
-    """A file with random weights in the layout of the FID's Inception-v3, whose features vary, and its SHA-256."""
+    """A file with random weights in the layout of the FID's Inception-v3, whose features vary, and
+    its SHA-256."""
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
     class Unloaded(FeatureExtractorInceptionV3):
@@ -155,12 +201,13 @@ def inception_weights(tmp_path_factory):
 
     path = tmp_path_factory.mktemp("inception") / "random.pth"
     torch.save({}, path)
-    weights = Unloaded("inception-v3-compat", ["2048"], feature_extractor_weights_path=path).state_dict()
+    state = Unloaded("inception-v3-compat", ["2048"],
+                     feature_extractor_weights_path=path).state_dict()
     g = torch.Generator().manual_seed(0)
-    for name, tensor in weights.items():
-        if name.endswith("conv.weight"):
-            tensor.normal_(0, (2 / tensor[0].numel()) ** 0.5, generator=g)      # He: activations keep their size.
+    for name, tensor in state.items():
+        if name.endswith("conv.weight"):        # He: activations keep their size.
+            tensor.normal_(0, (2 / tensor[0].numel()) ** 0.5, generator=g)
         elif name.endswith(("bn.bias", "fc.weight")):
             tensor.normal_(0, 0.1, generator=g)
-    torch.save(weights, path)
+    torch.save(state, path)
     return path, hashlib.sha256(path.read_bytes()).hexdigest()

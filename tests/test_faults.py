@@ -1,496 +1,385 @@
-"""Full disks, kills in the middle of a save, damaged checkpoints; sampling and scoring that are stopped anywhere."""
+"""What docs/reliability.md promises: whatever happens, what comes out is what an undisturbed run
+gives, or one line that says what is wrong."""
 
-import contextlib
-import errno
-import json
-import multiprocessing
+import functools
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
-from pathlib import Path
-from types import SimpleNamespace
 
+import conftest
 import pytest
 import torch
-from conftest import kill_all, last_step, launch, metrics, run, started, succeed, tiny_config, wait_until
+from conftest import last_step, metrics, processes_of, refused, run, started, succeed, wait_until
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_train import assert_same, equal
 
-import checkpoint
-import logs
-import options
 import train
-from files import make_folder
-from runtime import UserError
+from edm2 import checkpoint, diffusion
+from edm2.config import load_config
+
+
+def config_in(folder, net_type="UNetE", **changes):
+    """A config of 12 epochs of 20 steps with all that is random in them, and many saves."""
+    folder.mkdir(exist_ok=True)
+    return conftest.tiny_config(folder, net_type, **{
+        "flip": True, "network": {"dropout": 0.2, "n_channels": 16}, "n_epoch": 12, "tref_epoch": 2,
+        "batch_size": 70, "save_every": 4, "save_minutes": 1e-3, "log_every": 3} | changes)
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """A folder with the config of a run of 4 epochs, a checkpoint each."""
-    folder = tmp_path_factory.mktemp("trained")
-    succeed("train.py", "--config", tiny_config(folder, "UNetG", n_epoch=4, save_every=1))
-    return folder
+def whole(tmp_path_factory):
+    """whole(processes): the save_dir of an undisturbed run."""
+    @functools.cache
+    def train_it(processes=None):
+        path = config_in(tmp_path_factory.mktemp("whole"))
+        succeed("train.py", "--config", path, processes=processes)
+        return path.parent / "run"
+    return train_it
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# A disk that is full.
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 12 MB, in memory, at tmp_path/disk."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", disk]).returncode:
-        pytest.skip("no right to mount a small file system")
-    yield disk
-    kill_all(str(disk))
-    subprocess.run(["umount", "-l", disk], check=True)
+def lines_of(folder):
+    """The command's own lines in folder/err, which holds no traceback of it."""
+    text = (folder / "err").read_text()
+    assert '/train.py", line' not in text, text[-3000:]
+    return re.findall(r"train\.py(?: \(process \d\))?: .*", text)
 
 
-def fill(disk):
-    """Fill a file system to the last byte."""
-    with open(disk / "filler", "wb", buffering=0) as file, contextlib.suppress(OSError):
-        for size in (2 ** 20, 2 ** 10, 1):
-            with contextlib.suppress(OSError):
-                while file.write(bytes(size)):
-                    pass
-    with pytest.raises(OSError, match="No space left"):
-        (disk / "more").write_text("x")
-    (disk / "more").unlink()
+def newest(path):
+    """The newest whole checkpoint of the run of a config."""
+    return checkpoint.load(checkpoint.newest(load_config(path)))
 
-
-@pytest.mark.slow
-def test_a_full_disk(tmp_path, small_disk):
-    """Training goes on, the former checkpoint stays whole, the next save tries again, the exit code tells."""
-    path = tiny_config(tmp_path, "UNetE", n_epoch=30, save_every=100, save_minutes=0.01, log_every=1,
-                       save_dir=str(small_disk / "run"))
-    config = options.load_config(path)
-    latest = checkpoint.latest_paths(config)[0]
-
-    def errors():
-        return (tmp_path / "err").read_text()
-
-    with started(tmp_path, "train.py", "--config", path) as process:
-        wait_until(lambda: last_step(small_disk / "run") > 15 and latest.exists())
-        fill(small_disk)
-        wait_until(lambda: "cannot write" in errors() and "latest.pth" in errors())
-        kept = checkpoint.load(checkpoint.newest(config))["step"]
-        before = len(errors().splitlines())
-        wait_until(lambda: len(errors().splitlines()) > before)         # It tried again, and failed again.
-        assert process.poll() is None and checkpoint.load(checkpoint.newest(config))["step"] == kept
-        assert not list((small_disk / "run").rglob(".*.tmp"))
-        (small_disk / "filler").unlink()
-        wait_until(lambda: latest.exists() and checkpoint.step_in(latest) > kept)
-        checkpoint.load(checkpoint.newest(config))
-        assert process.wait(120) == 2
-    assert "No space left on device" in errors() and "Traceback" not in errors(), errors()
-    assert "the run has ended, but" in errors() and "could not be written" in errors()
-    steps = list(range(1, 301))
-    assert [row["step"] for row in metrics(small_disk / "run")] == steps
-    board = EventAccumulator(str(small_disk / "run" / "tensorboard"), size_guidance={"scalars": 0})
-    board.Reload()
-    assert [event.step for event in board.Scalars("loss")] == steps
-    assert "failed writes/text_summary" in board.Tags()["tensors"]
-    assert checkpoint.epochs(config) == [0, 29] and not latest.exists()
-
-
-def test_output_that_nobody_takes_ends_nothing(tmp_path):
-    """stdout and stderr on a full disk: training and sampling go on to their end."""
-    path = tiny_config(tmp_path, n_epoch=1)
-    for script, *more in (("train.py",), ("sample.py", "--n_samples", 3)):
-        with open("/dev/full", "w") as full:
-            done = subprocess.run(**launch(script, "--config", path, *more), stdout=full, stderr=full)
-        assert done.returncode == 0
-    assert (tmp_path / "run" / "ckpts" / "model_0.pth").exists()
-    assert len(list((tmp_path / "run" / "samples" / "0" / "images").iterdir())) == 3
-
-
-def test_lines_that_a_full_disk_cuts_are_taken_back(small_disk):
-    (small_disk / "lines").write_text("one\n")
-    fill(small_disk)
-    with pytest.raises(OSError, match="No space left"):
-        logs.append(small_disk / "lines", b"x" * 100_000)
-    assert (small_disk / "lines").read_text() == "one\n"
-    (small_disk / "filler").unlink()
-    logs.append(small_disk / "lines", b"two\n")
-    assert (small_disk / "lines").read_text() == "one\ntwo\n"
-
-
-def test_a_folder_that_is_moved_away(tmp_path, trained):
-    """Figures and saves go on."""
-    config = options.load_config(trained / "config.yaml", [f"save_dir={tmp_path / 'run'}"])
-    log = logs.Log(make_folder(config["save_dir"]), 0, True)
-    with contextlib.closing(checkpoint.Saver(config, log)) as saver:
-        shutil.rmtree(tmp_path / "run" / "tensorboard")
-        log.write(1, {"loss": 1.0})
-        saver.save({"step": 1, "weight": torch.ones(1)}, checkpoint.latest_paths(config)[0])
-        assert saver.finish() and not log.failures
-
-
-def test_the_log_keeps_what_cannot_be_written(tmp_path, monkeypatch, capsys):
-    log = logs.Log(tmp_path, 0, True)
-    log.write(1, {"loss": 1.0})
-
-    def full(path, data):
-        raise OSError(errno.ENOSPC, "No space left on device", str(path))
-
-    with monkeypatch.context() as patch:
-        patch.setattr(logs, "append", full)
-        log.write(2, {"loss": 2.0})
-        log.write(3, {"loss": 3.0})
-    assert [row["step"] for row in metrics(tmp_path)] == [1]
-    assert capsys.readouterr().err.count("No space left on device") == 2        # Said once for each file.
-    log.write(4, {"loss": 4.0})
-    log.close()
-    assert [row["step"] for row in metrics(tmp_path)] == [1, 2, 3, 4]
-    board = EventAccumulator(str(tmp_path / "tensorboard"))
-    board.Reload()
-    assert [(event.step, event.value) for event in board.Scalars("loss")] == [(i, float(i)) for i in (1, 2, 3, 4)]
-    with pytest.raises(UserError, match="2 times something could not be written"):
-        log.check()
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Killed in the middle of a save.
-
-def save_on_and_on(config, pipe):
-    """Save a state of 20 MB again and again, telling when each save begins."""
-    saver = checkpoint.Saver(config, logs.Log(make_folder(config["save_dir"]), 0, True))
-    for step in range(1, 1000):
-        state = {"step": step, "weights": [torch.full((1000, 1000), float(step)) for _ in range(5)]}
-        pipe.send(step)
-        saver.save(state, checkpoint.latest_paths(config)[0] if step % 3 else checkpoint.path_of(config, step))
-        saver.finish()
-
-
-@pytest.mark.slow
-def test_killed_at_fifty_random_moments_of_a_save(tmp_path):
-    """The save before, or the one that was under way, is whole; temporary files do not pile up."""
-    config = options.load_config(tiny_config(tmp_path))
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "checkpoint", "logs"])
-    draw, outcomes, leftovers = random.Random(0), [], []
-    for _ in range(50):
-        shutil.rmtree(config["save_dir"], ignore_errors=True)
-        receive, send = context.Pipe(duplex=False)
-        process = context.Process(target=save_on_and_on, args=(config, send))
-        process.start()
-        whole = draw.randrange(1, 6)
-        durations = []
-        for _ in range(whole + 1):          # Saves 1..whole are done when the next begins.
-            assert receive.poll(60)
-            receive.recv()
-            durations.append(time.perf_counter())
-        time.sleep(draw.uniform(0, 1.1) * (durations[-1] - durations[0]) / whole)
-        process.kill()
-        process.join()
-        newest = checkpoint.newest(config)
-        checkpoint.verify(newest)
-        state = torch.load(newest, weights_only=True)
-        assert state["step"] >= whole and all((part == state["step"]).all() for part in state["weights"])
-        outcomes.append(state["step"] - whole)
-        leftovers.append(len(list(newest.parent.glob(".*.tmp"))))
-    print(f"saves finished beyond the last certain one: {outcomes}; temporary files left: {sum(leftovers)}")
-    assert sum(leftovers) >= 10             # The kills did come in the middle.
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Damaged checkpoints.
-
-def damage(path, draw):
-    """Cut a file somewhere, or flip bits of one byte to a few, anywhere."""
-    content = bytearray(path.read_bytes())
-    kind = draw.choice(["cut", "flip", "flip", "several"])
-    if kind == "cut":
-        content = content[:draw.randrange(len(content))]
-    for _ in range({"cut": 0, "flip": 1, "several": 5}[kind]):
-        content[draw.randrange(len(content))] ^= draw.randrange(1, 256)
-    path.write_bytes(content)
-
-
-@pytest.mark.slow
-def test_two_hundred_damages_are_detected(trained, tmp_path, capsys):
-    shutil.copytree(trained / "run", tmp_path / "run")
-    config = options.load_config(trained / "config.yaml") | {"save_dir": str(tmp_path / "run")}
-    (latest, before), last = checkpoint.latest_paths(config), checkpoint.path_of(config, 3)
-    whole, draw = last.read_bytes(), random.Random(0)
-    last.unlink()
-    for i in range(200):
-        # The newest is latest.pth and beside it stands the one before; every other time they are those of epochs.
-        if i % 2:
-            newest, rest = latest, before
-            before.write_bytes(whole)
-        else:
-            newest, rest = last, checkpoint.path_of(config, 2)
-        newest.write_bytes(whole)
-        damage(newest, draw)
-        with pytest.raises(UserError, match="is damaged"):
-            checkpoint.load(newest)
-        assert checkpoint.newest(config) == rest and checkpoint.load(rest)["step"] == (40 if i % 2 else 30)
-        assert str(newest) in capsys.readouterr().err
-        for path in (latest, before, last):
-            path.unlink(missing_ok=True)
-
-
-@pytest.mark.slow
-def test_training_goes_on_from_the_one_before_a_damaged_one(trained, tmp_path):
-    draw = random.Random(1)
-    for i in range(3):
-        folder = tmp_path / str(i)
-        shutil.copytree(trained / "run", folder)
-        damage(folder / "ckpts" / "model_3.pth", draw)
-        done = run("train.py", "--config", trained / "config.yaml", "--set", f"save_dir={folder}")
-        assert done.returncode == 0 and "after step 30" in done.stdout
-        assert "model_3.pth is damaged" in done.stderr and "Traceback" not in done.stderr
-        a, b = (torch.load(run_dir / "ckpts" / "model_3.pth", weights_only=True)["network"]
-                for run_dir in (trained / "run", folder))
-        assert all(torch.equal(a[name], b[name]) for name in a)
-
-
-def test_a_checkpoint_that_cannot_be_read_is_not_taken_for_damaged(trained, tmp_path):
-    shutil.copytree(trained / "run", tmp_path / "run")
-    config = options.load_config(trained / "config.yaml") | {"save_dir": str(tmp_path / "run")}
-    latest = checkpoint.latest_paths(config)[0]
-    latest.mkdir()                          # Reading it is an error of the system.
-    with pytest.raises(UserError, match="cannot read the checkpoint"):
-        checkpoint.newest(config)
-    assert latest.exists()
-
-
-def test_a_damaged_save_that_is_not_the_newest(trained, tmp_path, capsys, monkeypatch):
-    """The next save would make it the one before."""
-    shutil.copytree(trained / "run", tmp_path / "run")
-    config = options.load_config(trained / "config.yaml") | {"save_dir": str(tmp_path / "run")}
-    latest, before = checkpoint.latest_paths(config)
-    for path, epoch in ((latest, 2), (before, 1)):
-        shutil.copyfile(checkpoint.path_of(config, epoch), path)
-    content = bytearray(latest.read_bytes())
-    content[len(content) // 2] ^= 1
-    latest.write_bytes(content)
-    assert checkpoint.newest(config) == checkpoint.path_of(config, 3)
-    assert not latest.exists() and before.exists() and str(latest) in capsys.readouterr().err
-    # An error of the disk in a file that is not needed.
-    shutil.copyfile(checkpoint.path_of(config, 2), latest)
-    verify = checkpoint.verify
-
-    def failing(path):
-        if path == latest:
-            raise UserError("Input/output error")
-        verify(path)
-
-    monkeypatch.setattr(checkpoint, "verify", failing)
-    assert checkpoint.newest(config) == checkpoint.path_of(config, 3) and not latest.exists()
-
-
-def test_load_epoch_of_a_checkpoint_that_is_damaged_since(trained, tmp_path):
-    """A run that has gone on from it does not need it any more."""
-    shutil.copytree(trained / "run", tmp_path / "run")
-    config = options.load_config(trained / "config.yaml", [f"save_dir={tmp_path / 'run'}", "load_epoch=1"])
-    args = SimpleNamespace(fresh=False)
-    picked, latest = checkpoint.path_of(config, 1), checkpoint.latest_paths(config)[0]
-    assert train.checkpoint_to_load(config, args, None) == picked
-    checkpoint.write(latest, checkpoint.load(checkpoint.path_of(config, 2)) | {"config": config, "step": 41})
-    for _ in range(2):
-        assert train.checkpoint_to_load(config, args, None) == latest
-        picked.write_bytes(picked.read_bytes()[:-1000])
-
-
-def test_a_save_without_memory(trained, tmp_path, monkeypatch, capsys):
-    """It counts as one that failed; the next tries again."""
-    config = options.load_config(trained / "config.yaml", [f"save_dir={tmp_path / 'run'}"])
-    saver = checkpoint.Saver(config, logs.Log(make_folder(config["save_dir"]), 0, True))
-    latest = checkpoint.latest_paths(config)[0]
-    with monkeypatch.context() as patch:
-        patch.setattr(torch, "clone", lambda tensor: torch.empty(2 ** 50, dtype=torch.uint8))       # 1 PB.
-        saver.save({"step": 1, "weight": torch.ones(1)}, latest)
-    assert not saver.finish() and "no memory for a copy" in capsys.readouterr().err
-    saver.save({"step": 2, "weight": torch.ones(1)}, latest)
-    assert saver.finish() and checkpoint.step_in(latest) == 2
-    saver.close()
-
-
-def test_only_damaged_checkpoints(trained, tmp_path):
-    config = options.load_config(trained / "config.yaml") | {"save_dir": str(tmp_path / "run")}
-    shutil.copytree(trained / "run", tmp_path / "run")
-    for path in (tmp_path / "run" / "ckpts").iterdir():
-        path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(UserError, match="only damaged"):
-        checkpoint.newest(config)
-    refused = run("sample.py", "--config", trained / "config.yaml", "--set", f"save_dir={tmp_path / 'run'}")
-    assert refused.returncode == 2 and "model_3.pth is damaged" in refused.stderr
-    assert len(refused.stderr.strip().splitlines()) == 1
-
-
-class Evil:
-    """What a pickle can do to whom unpickles it."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return Path.touch, (self.path,)
-
-
-def test_a_pickle_that_would_run_code_does_not(trained, tmp_path):
-    config = options.load_config(tiny_config(tmp_path))
-    path = checkpoint.path_of(config, 0)
-    path.parent.mkdir(parents=True)
-    ran = tmp_path / "ran"
-    checkpoint.write(path, {"step": 10, "network": Evil(ran)})          # With the right checksum.
-    for script in ("train.py", "sample.py"):
-        done = run(script, "--config", tmp_path / "config.yaml")
-        assert done.returncode == 2 and "refused" in done.stderr and len(done.stderr.strip().splitlines()) == 1
-    torch.save({"step": 10, "network": Evil(ran)}, path)                # Without.
-    done = run("train.py", "--config", tmp_path / "config.yaml")
-    assert done.returncode == 2 and "damaged" in done.stderr
-    assert not ran.exists()
-    torch.load(path, weights_only=False)                                # It would have.
-    assert ran.exists()
-
-
-def test_checkpoint_of_another_network_is_refused_with_the_first_tensor(trained, tmp_path):
-    state = checkpoint.load(trained / "run" / "ckpts" / "model_3.pth")
-    name = next(iter(state["network"]))
-    state["network"][name] = torch.zeros(1)
-    shutil.copytree(trained / "run", tmp_path / "run")
-    checkpoint.write(tmp_path / "run" / "ckpts" / "model_3.pth", state)
-    for script in ("train.py", "sample.py --weights model"):
-        script, *more = script.split()
-        done = run(script, *more, "--config", trained / "config.yaml", "--set", f"save_dir={tmp_path / 'run'}", "--set",
-                   "n_epoch=5")
-        assert done.returncode == 2 and f"differ in {name}" in done.stderr
-        assert len(done.stderr.strip().splitlines()) == 1
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Sampling and scoring.
 
 def content(folder):
     """Every file of a folder and what it holds."""
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+    return {str(path.relative_to(folder)): torch.load(path) if path.suffix == ".pth" else
+            path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def kill_often(n, progress, folder, *command, processes=None):
+    """Kill a command n times, some time after progress, or earlier; return what it printed."""
+    draw, said = random.Random(0), ""
+    for i in range(n):
+        before = progress()
+        with started(folder, *command, processes=processes) as process:     # In the end it kills.
+            if i % 5 < 4:
+                wait_until(lambda before=before: progress() > before)
+            time.sleep(draw.uniform(0, 0.3 if i % 5 < 4 else 3 * (processes or 1)))
+            assert process.poll() is None
+        said += (folder / "out").read_text()
+    return said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [None, 2])
+def test_killed_at_twenty_random_moments(tmp_path, whole, processes):
+    """In a step, a save, a sample grid or the start-up."""
+    folder, command = tmp_path / "run", ["train.py", "--config", config_in(tmp_path)]
+    said = kill_often(20, lambda: last_step(folder), tmp_path, *command, processes=processes)
+    begun = [int(step) for step in re.findall(r"after step (\d+)\n", said)]
+    assert len(set(begun)) > 10 and begun == sorted(begun)
+    assert "going on" in succeed(*command, processes=processes)
+    assert_same(whole(processes), folder, 11)
+    board = EventAccumulator(str(folder / "tensorboard")).Reload()
+    assert [event.step for event in board.Scalars("loss")] == [
+        row["step"] for row in metrics(folder)] == sorted({*range(3, 241, 3), *range(20, 241, 20)})
+    for part, name in (("ckpts", "model_{}.pth"), ("grids", "{:04}.png")):
+        assert {p.name for p in (folder / part).iterdir()} == set(map(name.format, (0, 4, 8, 11)))
+
+
+@pytest.mark.parametrize(("name", "processes", "rank", "restarts"), [
+    *((name, None, None, 0) for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP")),
+    *(pytest.param(*case, marks=pytest.mark.slow) for case in [
+        ("SIGTERM", 2, None, 0), ("SIGINT", 2, None, 0), ("SIGUSR1", 2, "1", 0),
+        ("SIGKILL", 2, "0", 0), ("SIGKILL", 2, "1", 0), ("SIGKILL", 2, "1", 1)])])
+def test_a_signal(tmp_path, whole, name, processes, rank, restarts):
+    """To a lone process, to torchrun (whose own exit code is 1), to one of its: it saves, leaves.
+    A process that dies ends the job within a minute, or torchrun starts it again."""
+    kills, number, folder = name == "SIGKILL", signal.Signals[name], tmp_path / "run"
+    command = ["train.py", "--config", config_in(tmp_path, save_minutes=1e-3 if kills else 10)]
+    with started(tmp_path, *command, processes=processes, restarts=restarts) as process:
+        wait_until(lambda: last_step(folder) >= 24)
+        began = time.monotonic()
+        victims = processes_of(str(command[-1])).items()
+        os.kill(next(pid for pid, its in victims if its == rank), number)
+        assert process.wait(60) == (0 if restarts else 1 if processes else 128 + number)
+        assert not processes_of(str(command[-1])) and (kills or time.monotonic() - began < 10)
+    lines, step = lines_of(tmp_path), newest(command[-1])["step"]
+    words = ["lost contact with another process"] if kills else [
+        f"stopped by {name} after step {step} ", f"saved in {folder}", "command goes on"]
+    assert 1 <= len(lines) <= (processes or 1) - kills      # At most one of each process.
+    assert all(word in line for line in lines for word in words)
+    if restarts:
+        assert "going on" in (tmp_path / "out").read_text()
+    else:
+        out = succeed(*command, "--set", "n_epoch=5", processes=processes)
+        assert step >= 20 and f"after step {step}\n" in out
+    assert_same(whole(processes), folder, 4)
+    assert not list(folder.rglob(".*.tmp"))
+
+
+def test_a_signal_that_nohup_ignores(tmp_path):
+    path, folder = config_in(tmp_path, n_epoch=2), tmp_path / "run"
+    args = ["nohup", *conftest.launch("train.py", "--config", path)["args"]]
+    process = subprocess.Popen(args, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_until(lambda: last_step(folder) >= 3)
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(60) == 0 and last_step(folder) == 40
+
+
+@pytest.mark.parametrize(("changes", "seen"), [
+    ({"n_sample": 5000}, "ckpts/latest.pth"),
+    ({"eval_every": 1, "eval": {"fid": 5000, "features": "pixels"}}, "grids/0000.png")])
+def test_a_signal_in_a_sample_grid_or_an_evaluation(tmp_path, whole, changes, seen):
+    """It ends at once; the same command goes on there, and makes no step."""
+    path, evaluated = config_in(tmp_path, n_epoch=1, save_minutes=10, **changes), "eval" in changes
+    ckpts, grid = tmp_path / "run" / "ckpts", tmp_path / "run" / "grids" / "0000.png"
+    with started(tmp_path, "train.py", "--config", path) as process:
+        wait_until((tmp_path / "run" / seen).exists)
+        time.sleep(0.3)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(5) == 143
+    (line,) = lines_of(tmp_path)
+    assert "stopped by SIGTERM" in line and "the same command goes on" in line
+    assert [p.name for p in ckpts.iterdir()] == ["latest.pth"] and grid.exists() == evaluated
+    command = ["train.py", "--config", path, "--set", "n_sample=4", "--set", "eval.fid=0"]
+    assert "after step 20\n" in succeed(*command) and "trained already" in succeed(*command)
+    assert grid.exists() and len(metrics(tmp_path / "run", "heldout_loss")) == evaluated
+    assert [p.name for p in ckpts.iterdir()] == ["model_0.pth"]
+    assert_same(whole(), tmp_path / "run", 0)
+
+
+@pytest.mark.parametrize("save_minutes", [1e-3, 10])
+def test_a_full_disk(tmp_path, whole, request, save_minutes):
+    """12 MB in memory, filled to the last byte: in a save, and in a line of metrics."""
+    disk, folder = tmp_path / "disk", tmp_path / "disk" / "run"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", disk]
+    if os.geteuid() or subprocess.run(mount).returncode:
+        pytest.skip("no right to mount a small file system")
+    request.addfinalizer(lambda: subprocess.run(["umount", "-l", disk]))
+    path = config_in(tmp_path, save_dir=str(folder), save_minutes=save_minutes)
+    with started(tmp_path, "train.py", "--config", path) as process:
+        wait_until(lambda: last_step(folder) >= 23)
+        with open(disk / "filler", "wb", 0) as file, pytest.raises(OSError, match="No space"):
+            while True:
+                file.write(bytes(4096))
+        assert process.wait(30) == 2
+    (line,) = lines_of(tmp_path)
+    assert "No space left on device" in line and str(folder) in line
+    assert "Traceback" not in (tmp_path / "err").read_text()
+    assert all(map(checkpoint.load, (folder / "ckpts").iterdir()))
+    (disk / "filler").unlink()
+    assert "going on" in succeed("train.py", "--config", path, "--set", "n_epoch=5")
+    assert_same(whole(), folder, 4)
+
+
+@pytest.mark.parametrize("name", ["latest.pth", "model_0.pth", "0000.png"])
+def test_killed_before_a_file_has_its_name(tmp_path, whole, name):
+    """The same command then gives what a run without a kill gives."""
+    path, folder = config_in(tmp_path, n_epoch=1, save_minutes=10), tmp_path / "run"
+    code = (f"import os, train\nos.fsync = lambda fd: '.{name}.' in os.readlink(f'/proc/self/fd/'"
+            " + str(fd)) and os.kill(os.getpid(), 9)\ntrain.command(train.main)()")
+    args = [sys.executable, "-c", code, "--config", path]
+    assert subprocess.run(args, cwd=conftest.ROOT).returncode == -signal.SIGKILL
+    (left,) = folder.rglob(f"*{name}*")
+    assert left.name.endswith(".tmp")
+    succeed("train.py", "--config", path)
+    assert_same(whole(), folder, 0)
+    grid = {"0000.png": content(whole() / "grids")["0000.png"]}
+    assert content(folder / "grids") == grid and list(content(folder / "ckpts")) == ["model_0.pth"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [None, 2])
 def test_sampling_killed_anywhere_gives_the_same_folder(trained, tmp_path, processes):
-    arguments = ["--config", trained / "config.yaml", "--n_samples", 1200, "--npz", "--out"]
-    succeed("sample.py", *arguments, tmp_path / "whole")
-    parts, draw, counts = tmp_path / "parts", random.Random(0), []
-    for _ in range(6):
-        images = parts / "images"
-        target = len(list(images.glob("*.png"))) + draw.randrange(1, 90)
-        with started(tmp_path, "sample.py", *arguments, parts, processes=processes):
-            wait_until(lambda images=images, target=target: len(list(images.glob("*.png"))) >= target)
-            time.sleep(draw.uniform(0, 0.05))
-            kill_all(str(trained / "config.yaml"))
-        counts.append(len(list(images.glob("*.png"))))
-    print(f"killed with {counts} images")
-    assert counts[-1] < 1200
-    succeed("sample.py", *arguments, parts, processes=processes)
-    whole, restarted = content(tmp_path / "whole"), content(parts)
-    whole_npz, parts_npz = (found.pop("samples.npz") for found in (whole, restarted))
-    assert whole == restarted and len(whole) == 1200 + 3                # grid.png, settings.json, .lock
-    assert whole_npz == parts_npz
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    command = ["sample.py", "--config", trained / "config.yaml", "--n_samples", 1500, "--npz"]
+    succeed(*command, "--out", whole)
+    command += ["--out", parts]
+    kill_often(6, lambda: len(list(parts.rglob("0*.png"))), tmp_path, *command, processes=processes)
+    succeed(*command, processes=processes)
+    assert content(whole) == content(parts)
+    assert len(content(parts)) == 1500 + 4      # grid.png, samples.npz, settings.json, .lock
 
 
-# Runs a command; in the middle of writing the file whose temporary name holds a word, the process is killed.
-KILLED_WRITING = """
-import os, runpy, signal, sys, zipfile
-import numpy, PIL.Image
-word, script = sys.argv[1], sys.argv[2]
-sys.argv = sys.argv[2:]
-sys.path.insert(0, os.path.dirname(script))
-
-def half(function, path_of):
-    def write(*args, **kwargs):
-        path = str(path_of(*args))
-        function(*args, **kwargs)
-        if word in path:
-            os.truncate(path, os.path.getsize(path) // 2)
-            os.kill(os.getpid(), signal.SIGKILL)
-    return write
-
-def savez(file, *args, **kwargs):
-    original(file, *args, **kwargs)
-    file.flush()
-
-original = numpy.savez
-numpy.savez = half(savez, lambda file, *_: file.name)
-PIL.Image.Image.save = half(PIL.Image.Image.save, lambda image, path, *_: path)
-runpy.run_path(script, run_name="__main__")
-"""
+def test_two_runs_in_one_folder(trained, tmp_path):
+    path, images = config_in(tmp_path, n_epoch=1000, save_every=1000), tmp_path / "images"
+    sampling = ["--config", trained / "config.yaml", "--n_samples", 3000, "--out", images]
+    for folder, seen, *command in (
+            (tmp_path / "run", "metrics.jsonl", "train.py", "--config", path),
+            (images, "images/000000.png", "sample.py", *sampling)):
+        with started(tmp_path, *command) as first:
+            wait_until((folder / seen).exists)
+            refused(*command, words=[f"{folder} is in use by another run"])
+            assert first.poll() is None
 
 
-def killed_writing(word, script, *args):
-    """Run a command that is killed in the middle of writing a file."""
-    how = launch(script, *args)
-    done = subprocess.run(**how | {"args": [how["args"][0], "-c", KILLED_WRITING, word, *how["args"][1:]]},
-                          capture_output=True)
-    assert done.returncode == -signal.SIGKILL, done.stderr
+@pytest.fixture
+def copied(trained, tmp_path):
+    """The command and Config of a copy of the trained run, and the folder of its checkpoints."""
+    shutil.copytree(trained / "run", tmp_path / "run")
+    flags = ["--config", trained / "config.yaml", "--set", f"save_dir={tmp_path / 'run'}"]
+    return ["train.py", *flags], load_config(flags[1], [flags[3]]), tmp_path / "run" / "ckpts"
 
 
-@pytest.mark.parametrize("word", ["000003.png", "grid.png", "samples.npz"])
-def test_sampling_killed_in_the_middle_of_a_file(trained, tmp_path, word):
-    arguments = ["--config", trained / "config.yaml", "--n_samples", 8, "--npz", "--out"]
-    succeed("sample.py", *arguments, tmp_path / "whole")
-    killed_writing(f".{word}.", "sample.py", *arguments, tmp_path / "parts")
-    assert not list((tmp_path / "parts").rglob(word)) and list((tmp_path / "parts").rglob(f".{word}.*.tmp"))
-    succeed("sample.py", *arguments, tmp_path / "parts")
-    assert content(tmp_path / "whole") == content(tmp_path / "parts")
+def damage(path, draw):
+    """Cut a file somewhere, or flip bits of one byte or five, anywhere."""
+    data = bytearray(path.read_bytes())
+    for _ in range(n := draw.choice([0, 1, 1, 5])):
+        data[draw.randrange(len(data))] ^= draw.randrange(1, 256)
+    path.write_bytes(data if n else data[:draw.randrange(len(data))])
 
 
-def test_scoring_killed_in_the_middle_of_a_file(trained, tmp_path):
-    """The statistics of the training set, half-written, are not taken for whole."""
-    images = tmp_path / "images"
-    succeed("sample.py", "--config", trained / "config.yaml", "--n_samples", 80, "--out", images)
-    values = []
-    for name in ("whole", "parts"):
-        settings = ["--config", trained / "config.yaml", "--features", "pixels", "--images", images, "--set",
-                    f"cache_dir={tmp_path / name}"]
-        if name == "parts":
-            killed_writing(".digits-train-pixels.npz.", "fid.py", *settings)
-            assert not list((tmp_path / name).rglob("*.npz"))
-        values += [float(succeed("fid.py", *settings).split()[1].rstrip(":")) for _ in range(2)]
-        assert list((tmp_path / name / "fid").glob("*.npz"))
-    assert len(set(values)) == 1
+def test_sixty_damages_are_detected(copied, capsys):
+    """Of an epoch's checkpoint and of latest.pth: the one before is taken."""
+    (_, config, ckpts), draw, detected = copied, random.Random(0), 0
+    state = checkpoint.load(ckpts / "model_3.pth")
+    whole = (ckpts / "model_3.pth").rename(ckpts / "whole").read_bytes()
+    for i in range(60):
+        path = ckpts / ("latest.pth" if i % 2 else "model_3.pth")
+        path.write_bytes(whole)
+        damage(path, draw)
+        try:
+            assert equal(checkpoint.load(path), state)
+        except checkpoint.Damaged as e:
+            assert checkpoint.newest(config) == ckpts / "model_2.pth"
+            assert str(path) in str(e) and str(path) in capsys.readouterr().err
+            detected += 1
+        path.unlink()
+    assert detected >= 55
 
 
-@pytest.mark.slow
-def test_scoring_killed_anywhere_gives_the_same_figures(trained, tmp_path):
-    config = trained / "config.yaml"
-    settings = ["--config", config, "--set", f"cache_dir={tmp_path / 'cache'}"]
-    succeed("sample.py", "--config", config, "--n_samples", 300)
-    results = trained / "run" / "results.jsonl"
-    commands = [("fid.py", *settings, "--features", "pixels"),
-                ("probe.py", *settings, "--set", "linear.blockname=out_1")]
-    figures, alive, durations, draw = {}, [], {}, random.Random(0)
-    for repeat in range(2):
-        for script, *arguments in commands:
-            if repeat:
-                for _ in range(5):          # Of its time, 40 % at the most go into imports.
-                    with started(tmp_path, script, *arguments) as process:
-                        with contextlib.suppress(subprocess.TimeoutExpired):
-                            process.wait(draw.uniform(0.4, 1) * durations[script])
-                        alive.append(process.poll() is None)
-                        process.kill()
-            began = time.monotonic()
-            succeed(script, *arguments)
-            durations[script] = time.monotonic() - began
-            rows = [json.loads(line) for line in results.read_text().splitlines()]
-            figures.setdefault(script, []).extend(row["value"] for row in rows if (row["figure"] == "probe")
-                                                  == (script == "probe.py"))
-        shutil.rmtree(tmp_path / "cache", ignore_errors=True)
-    print(figures, alive)
-    assert sum(alive) >= 4                  # Most kills did come before the end.
-    assert all(len(values) >= 2 and len(set(values)) == 1 for values in figures.values()), figures
+def test_training_goes_on_from_the_one_before_a_damaged_one(copied, trained):
+    command, _, ckpts = copied
+    damage(ckpts / "model_3.pth", random.Random(1))
+    refused("sample.py", *command[1:], words=["model_3.pth is damaged"])
+    done = run(*command)
+    assert done.returncode == 0 and "after step 30\n" in done.stdout
+    assert re.findall(r"train\.py: .*/(.*\.pth) is damaged", done.stderr) == ["model_3.pth"]
+    assert_same(trained / "run", ckpts.parent, 3)
+    for path in ckpts.iterdir():            # Only damaged ones.
+        path.write_bytes(path.read_bytes()[:-1])
+    done = run(*command)
+    assert done.returncode == 2 and "only damaged checkpoints" in done.stderr.splitlines()[-1]
+    assert set(re.findall(r"model_(\d)\.pth is damaged", done.stderr)) == {"0", "1", "2", "3"}
+    shutil.rmtree(ckpts)
+    (ckpts / "latest.pth").mkdir(parents=True)      # The system cannot read it: it may be whole.
+    refused(*command, words=["cannot read", "latest.pth", "directory"])
 
 
-def test_two_samplers_in_one_folder(trained, tmp_path):
-    arguments = ["--config", trained / "config.yaml", "--n_samples", 3000, "--out", tmp_path / "images"]
-    with started(tmp_path, "sample.py", *arguments):
-        wait_until(lambda: (tmp_path / "images" / "images" / "000000.png").exists())
-        second = run("sample.py", *arguments)
-    assert second.returncode == 2 and "in use by process" in second.stderr
-    assert len(second.stderr.strip().splitlines()) == 1
+def test_a_pickle_that_would_run_code_does_not(copied, tmp_path, monkeypatch):
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, ("ran",)
+
+    command, _, ckpts = copied
+    monkeypatch.chdir(tmp_path)
+    checkpoint.save(ckpts / "model_3.pth", checkpoint.load(ckpts / "model_3.pth") | {"ema": Evil()})
+    refused("sample.py", *command[1:], cwd=tmp_path, words=["model_3.pth is refused"])
+    assert "model_3.pth is refused" in run(*command, cwd=tmp_path).stderr
+    assert not (tmp_path / "ran").exists()
+    torch.save(Evil(), "evil.pth")
+    torch.load("evil.pth", weights_only=False)      # It would have.
+    assert (tmp_path / "ran").exists()
+
+
+def test_checkpoints_of_others_are_refused_with_what_differs(copied):
+    """Of another config, other data, another network."""
+    command, config, ckpts = copied
+    command += ["--set", "n_epoch=5"]               # Which may differ.
+    for key, there, here in (("network.dropout", 0.0, 0.3), ("lrate", 0.01, 0.5), ("seed", 0, 1),
+                             ("diffusion.sigma_data", 0.5, 0.4)):
+        refused(*command, "--set", f"{key}={here}", words=[
+            f"({key} {there} there, {here} here)", config.save_dir])
+    state = checkpoint.load(ckpts / "model_3.pth")
+    done = run(*command, "--amp_dtype", "bfloat16", "--max_steps", 41)
+    assert "trained in float32 and goes on in bfloat16 mixed precision" in done.stderr
+    checkpoint.save(ckpts / "model_3.pth", state | {"n_images": 9})
+    refused(*command, words=["9 images", "1437", config.save_dir])
+    name = next(iter(state["network"]))
+    state["network"][name] = torch.zeros(1)
+    checkpoint.save(ckpts / "model_3.pth", state)
+    for script, *flags in (command, ["sample.py", *command[1:], "--weights", "model"]):
+        refused(script, *flags, words=["of another network", f"differ in {name}"])
+
+
+def test_fresh_load_epoch_and_a_smaller_n_epoch_lose_nothing(copied):
+    command, _, ckpts = copied
+    often, before = ["--set", "save_minutes=1e-9", "--max_steps"], content(ckpts)
+    refused(*command, "--fresh", words=["--fresh", ckpts.parent])
+    # load_epoch is for the first start: after a stop it goes on from there, not from epoch 0.
+    done = run(*command, "--set", "load_epoch=0", *often, 15)
+    assert "after step 10\n" in done.stdout
+    assert "model_2.pth is of a later step than 10: renamed to model_2.pth.old" in done.stderr
+    assert "after step 15\n" in succeed(*command, "--set", "load_epoch=0")
+    new, old = (torch.load(ckpts / f"model_3.pth{end}") for end in ("", ".old"))
+    assert equal(old, before["model_3.pth"]) and all(
+        equal(old[key], new[key]) for key in ("network", "ema", "uncertainty", "optimizer"))
+    succeed(*command, "--set", "n_epoch=9", *often, 43)
+    before = content(ckpts)
+    assert "trained already" in succeed(*command, "--set", "n_epoch=1")
+    assert equal(content(ckpts), before) and before["latest.pth"]["step"] == 43
+
+
+def poison(patch, value, steps):
+    """From now on one gradient of these steps is `value`."""
+    class Poisoned(train.Run):
+        def __init__(self, *args):
+            super().__init__(*args)
+            stem = self.denoiser.net.stem.weight
+            one = torch.arange(stem.numel()).view_as(stem) == 7
+            stem.register_hook(lambda grad: grad.masked_fill(one & (self.step in steps), value))
+    patch.setattr(train, "Run", Poisoned)
+
+
+@pytest.mark.parametrize(("value", "log_every"), [("nan", 1), ("inf", 1000), ("-inf", 1000)])
+def test_twenty_bad_gradients_in_a_row_end_the_run(tmp_path, monkeypatch, value, log_every):
+    """What they led to until then can go on; whoever looks late hears of it all the same."""
+    path = config_in(tmp_path, save_minutes=1e-9, log_every=log_every, n_epoch=2)
+    poison(monkeypatch, float(value), range(1, 40))
+    refused("train.py", "--config", path, words=["NaN or Inf", "20 steps in a row", "step 21"])
+    state = newest(path)
+    assert (state["step"], state["bad_steps"], state["ema_step"]) == (20, 19, 20)
+    assert all(part.isfinite().all() for part in state["network"].values())
+    monkeypatch.undo()
+    poison(monkeypatch, float(value), [20])
+    late = ["--set", "save_minutes=10", "--set", "log_every=1000"]
+    refused("train.py", "--config", path, *late, words=["20 steps in a row", "step 40"])
+    monkeypatch.undo()
+    assert "after step 20\n" in succeed("train.py", "--config", path)
+
+
+def test_a_bad_gradient_is_zero_for_adam_and_the_others_count(tmp_path, monkeypatch):
+    """Its weight moves as Adam moves it with gradient 0, all others as ever."""
+    states = []
+    for value in (0.0, float("nan")):
+        path = config_in(tmp_path / str(value), "UNetC", save_minutes=1e-9)
+        poison(monkeypatch, value, [1])
+        succeed("train.py", "--config", path, "--max_steps", 2)
+        states.append(newest(path))
+        monkeypatch.undo()
+    assert [state["bad_steps"] for state in states] == [0, 1]
+    assert all(equal(states[0][key], states[1][key]) for key in ("network", "ema", "optimizer"))
+
+
+def test_a_run_that_had_bad_steps_goes_on_exactly(tmp_path, monkeypatch):
+    """Under float16 a bad step is left out and halves the scale; the scaler and the number of bad
+    steps in a row are in the checkpoint; a good step ends the row."""
+    states = []
+    poison(monkeypatch, float("inf"), range(5))
+    for name, step in (("whole", 8), ("parts", 3), ("parts", 5), ("parts", 8)):
+        path = config_in(tmp_path / name, "UNetC", batch_size=8, save_minutes=1e-9)
+        succeed("train.py", "--config", path, "--use_amp", "--max_steps", step)
+        states.append(newest(path))
+    whole, _, bad, parts = states
+    torch.manual_seed(0)
+    start = diffusion.build(load_config(path)).net.state_dict()
+    assert bad["scaler"]["scale"] == 64 / 2 ** 5 and bad["bad_steps"] == 5
+    assert equal(bad["network"], start) and not equal(parts["network"], start)
+    assert parts["bad_steps"] == 0 and all(equal(whole[key], parts[key]) for key in (
+        "network", "ema", "ema_step", "uncertainty", "optimizer", "scaler", "bad_steps"))

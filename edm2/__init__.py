@@ -1,0 +1,1 @@
+"""What the four commands share, one duty a file; imports the networks, never a command."""

@@ -1,0 +1,154 @@
+"""Checkpoints: plain tensors and values, written whole or not at all, checked when they are read.
+
+save_dir/ckpts/model_{epoch}.pth is what an epoch left behind; latest.pth and latest_before.pth are
+the two last saves on the way there.
+"""
+
+import math
+import os
+import pickle
+import zipfile
+from pathlib import Path
+
+import torch
+
+from edm2.errors import UserError, warn
+from edm2.files import atomic
+
+NETWORK = "net_type", "network", "diffusion.sigma_data"     # Keys of which a checkpoint is.
+
+
+class Damaged(UserError):
+    """A file is not what was written, or not a checkpoint of this project."""
+
+
+def path_of(config, epoch):
+    """The file that epoch `epoch` leaves behind."""
+    return Path(config.save_dir) / "ckpts" / f"model_{epoch}.pth"
+
+
+def latest_paths(config):
+    """The two last saves on the way, the newest first."""
+    return [path_of(config, 0).with_name(name) for name in ("latest.pth", "latest_before.pth")]
+
+
+def epochs(config):
+    """The epochs whose checkpoints exist, in rising order."""
+    names = [path.name for path in path_of(config, 0).parent.glob("model_*.pth")]
+    return sorted(int(name[6:-4]) for name in names if name[6:-4].isdecimal())
+
+
+def existing(config):
+    """The checkpoints that exist, the newest first; those that tell no step before all."""
+    paths = [path_of(config, epoch) for epoch in epochs(config)] + latest_paths(config)
+    return sorted(filter(Path.exists, paths), key=step_of, reverse=True)
+
+
+def find(config, epoch=None):
+    """The epoch of the checkpoint meant by `epoch`: None the newest, n_epoch the last one of a run.
+    Raises UserError with the list of existing ones where there is none."""
+    found, folder = epochs(config), path_of(config, 0).parent
+    if not found:
+        raise UserError(f"no checkpoints in {folder}: train first")
+    epoch = found[-1] if epoch is None else epoch
+    if epoch not in found and epoch == config.n_epoch:
+        epoch -= 1
+    if epoch not in found:
+        there = ", ".join(map(str, found))
+        raise UserError(f"no checkpoint of epoch {epoch} in {folder}; there are {there}")
+    return epoch
+
+
+def save(path, state):
+    """Write a dict of tensors and plain values; latest.pth until now becomes latest_before.pth."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.name == "latest.pth" and path.exists():
+        path.replace(path.with_name("latest_before.pth"))
+    with atomic(path) as temporary, open(temporary, "wb") as file:
+        torch.save(state, file)
+
+
+def load(path, keys=("network", "ema", "optimizer", "step", "config"), mmap=False):
+    """Read what save() wrote, to the CPU; runs no code from it. Raises Damaged for a file that was
+    changed (torch.save makes a zip file, whose checksums torch.load does not look at), holds code
+    or lacks one of `keys`; another UserError where it cannot be read."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            if part := file.testzip():
+                raise zipfile.BadZipFile(f"{part} was changed")
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except pickle.UnpicklingError:
+        raise Damaged(f"{path} is refused: it holds more than tensors and plain values") from None
+    except (OSError, MemoryError) as e:
+        raise UserError(f"cannot read {path}: {getattr(e, 'strerror', None) or e}") from None
+    except Exception as e:          # zipfile and torch raise whatever a damage leads them to.
+        raise Damaged(f"{path} is damaged: {str(e).partition(chr(10))[0]}") from None
+    if not isinstance(state, dict) or not set(keys) <= state.keys():
+        raise Damaged(f"{path} is not a checkpoint of this project")
+    return state
+
+
+def step_of(path):
+    """The step of a checkpoint, unchecked; infinity where it tells none, as load() will say."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)["step"]
+    except Exception:
+        return math.inf
+
+
+def newest(config):
+    """The path of the newest whole checkpoint, None without any; damaged ones are named. Raises
+    UserError where there are only damaged ones, or one cannot be read: it may be whole."""
+    for path in (paths := existing(config)):
+        try:
+            load(path)
+            return path
+        except Damaged as e:
+            warn(f"{e}: looking for one before it")
+    if paths:
+        raise UserError(f"{paths[0].parent} holds only damaged checkpoints: move them away")
+
+
+def choose(config, fresh):
+    """The path of the checkpoint to go on from, None for a new run: the newest or, unless the run
+    has gone on from it before, load_epoch's; later ones are then renamed to *.old. Raises UserError
+    as newest does, and where `fresh` finds a run, unless torchrun starts it again."""
+    if fresh and existing(config) and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+        raise UserError(f"--fresh: {config.save_dir} holds a run: choose another save_dir")
+    path = newest(config)
+    if config.load_epoch >= 0:
+        picked = path_of(config, find(config, config.load_epoch))
+        gone_on = load(path)["config"]["load_epoch"] == config.load_epoch
+        path = path if gone_on and step_of(path) > step_of(picked) else picked
+    if path is None or config.load_epoch >= 0:
+        step = step_of(path) if path else 0
+        for later in [*existing(config), *(Path(config.save_dir) / "ema").glob("*.pth")]:
+            if step_of(later) > step:
+                warn(f"{later} is of a later step than {step}: renamed to {later.name}.old")
+                later.replace(later.with_name(f"{later.name}.old"))
+    return path
+
+
+def restore(module, state_dict):
+    """Load a state dict into a module. Raises UserError naming a tensor that does not fit."""
+    own = module.state_dict()
+    for name in [*own, *state_dict]:
+        if name not in state_dict or name not in own or own[name].shape != state_dict[name].shape:
+            raise UserError(f"the checkpoint is of another network: they differ in {name}")
+    module.load_state_dict(state_dict)
+
+
+def check_same(config, saved, keys):
+    """Raise UserError listing where a Config differs from a checkpoint's in or below `keys`."""
+    def flat(values, prefix=""):
+        for key, value in values.items():
+            yield from (flat(value, f"{prefix}{key}.") if isinstance(value, dict) else
+                        [(prefix + key, value)])
+
+    here, there = dict(flat(config.model_dump())), dict(flat(saved))
+    names = [name for name in here | there if name.startswith(tuple(keys))]
+    differences = [f"{name} {there.get(name)!r} there, {here.get(name)!r} here"
+                   for name in names if here.get(name) != there.get(name)]
+    if differences:
+        raise UserError(f"{config.save_dir} holds a run of another config "
+                        f"({'; '.join(differences)}): use its config, or another save_dir")

@@ -1,0 +1,242 @@
+"""EDM preconditioning, uncertainty-weighted loss and Heun sampler: what Configs C, E and G share.
+
+Sources: EDM (arXiv 2206.00364, Table 1 and Alg. 2), EDM2 (arXiv 2312.02696, Eq. 14-21).
+Pixels are in [-1,1].
+"""
+
+import math
+import time
+from contextlib import nullcontext
+from itertools import pairwise
+
+import numpy as np
+import torch
+import yaml
+from torch import nn
+
+import blockC
+import blockE
+import blockG
+from edm2.distributed import print0, world_size
+from edm2.errors import UserError
+from unetC import UNetC
+from unetE import UNetE
+from unetG import UNetG
+
+NETWORKS = {"UNetC": (UNetC, blockC), "UNetE": (UNetE, blockE), "UNetG": (UNetG, blockG)}
+
+
+class EDM(nn.Module):
+    """Denoiser D(x; sigma) and its training loss around a raw network F(x; c_noise).
+
+    net: F, (B,C,H,W) and c_noise (B,) to (B,C,H,W). uncertainty: u, c_noise (B,) to (B,1), for the
+    loss alone. diffusion: a config's section. image_shape: (C,H,W). amp_dtype: of F; None: fp32.
+    """
+
+    def __init__(self, net, uncertainty, diffusion, image_shape, amp_dtype=None):
+        super().__init__()
+        self.net, self.uncertainty = net, uncertainty
+        self.diffusion, self.image_shape, self.amp_dtype = diffusion, tuple(image_shape), amp_dtype
+
+    def denoise(self, x, sigma, return_features=False):
+        """D(x; sigma) in fp32 (EDM Eq. 7, Table 1), x (B,C,H,W), sigma (B,); with return_features
+        also {"out_1": (B,C',H',W'), ...}, of the decoder blocks; with a block's name the network
+        ends there and D is None."""
+        x, sigma = x.float(), sigma.float()
+        s, s_d = sigma[:, None, None, None], self.diffusion.sigma_data
+        c_skip = s_d ** 2 / (s ** 2 + s_d ** 2)
+        c_out = s * s_d / (s ** 2 + s_d ** 2).sqrt()
+        c_in = 1 / (s ** 2 + s_d ** 2).sqrt()
+        c_noise = sigma.log() / 4
+        with torch.autocast(x.device.type, self.amp_dtype) if self.amp_dtype else nullcontext():
+            F_x = self.net(c_in * x, c_noise, return_features=return_features)
+        F_x, features = F_x if return_features else (F_x, None)
+        D_x = None if F_x is None else c_skip * x + c_out * F_x.float()
+        return (D_x, features) if return_features else D_x
+
+    def forward(self, y, level, noise):
+        """Training loss of images y (B,C,H,W), given level (B,) and noise (B,C,H,W) ~ N(0,1): each
+        image's mean per pixel (B,), weighted by uncertainty, and the EDM loss λ·(D-y)² itself."""
+        sigma = (self.diffusion.p_mean + self.diffusion.p_std * level).exp()
+        D_x = self.denoise(y + sigma[:, None, None, None] * noise, sigma)
+        u = self.uncertainty(sigma.log() / 4)[:, 0]
+        unweighted = edm_loss(D_x, y, sigma, self.diffusion.sigma_data)
+        return uncertainty_loss(unweighted, u), unweighted
+
+
+def edm_loss(D_x, y, sigma, sigma_data):
+    """λ(sigma)·(D-y)², λ = (sigma²+sigma_data²)/(sigma·sigma_data)², the mean per pixel, (B,)."""
+    weight = (sigma ** 2 + sigma_data ** 2) / (sigma * sigma_data) ** 2
+    return weight * (D_x - y).square().mean(dim=(1, 2, 3))
+
+
+def uncertainty_loss(unweighted, u):
+    """loss/e^u + u (EDM2 Eq. 17-21), (B,): least where e^u is the expected loss at that level."""
+    return unweighted / u.exp() + u
+
+
+def build(config, amp_dtype=None):
+    """An EDM from a Config. Raises UserError for widths that the network's layers cannot divide."""
+    UNet, block = NETWORKS[config.net_type]
+    try:
+        net = UNet(**config.network.model_dump())
+    except ValueError as e:
+        raise UserError(f"network: {e}") from None
+    uncertainty = nn.Sequential(block.Fourier(128), block.Linear(128, 1))
+    return EDM(net, uncertainty, config.diffusion, config.network.image_shape, amp_dtype)
+
+
+def deploy(denoiser, device, channels_last=True, compiled=None):
+    """Bring an EDM for sampling or features to a device; compiled None: torch.compile on CUDA."""
+    denoiser.to(device)
+    if channels_last:
+        denoiser.to(memory_format=torch.channels_last)
+    if compiled if compiled is not None else device.type == "cuda":
+        denoiser.net.compile()
+    return denoiser
+
+
+def cost(config):
+    """Trainable parameters of the network, and GFLOP of one training image: two for each product of
+    convolutions, linear layers and attention in the forward pass, four in the backward pass.
+    Allocates nothing. Raises UserError as build does."""
+    with torch.device("meta"):
+        denoiser = build(config)
+    net = denoiser.net
+    _, H, W = config.network.image_shape
+    pixels = H * W
+    # No gradient of the images is needed.
+    products = pixels * (net.stem.weight.numel() * 2 / 3 + net.out_conv.weight.numel())
+    products += sum(p.numel() for p in denoiser.parameters() if p.ndim == 2)
+    for block in [*net.encoder, *net.middle, *net.decoder]:
+        pixels *= {"down": 1 / 4, "up": 4, None: 1}[block.resample_mode]
+        products += pixels * sum(p.numel() for p in block.parameters() if p.ndim == 4)
+        if block.attention is not None:     # q·k and its product with v.
+            products += 2 * pixels ** 2 * block.attention.proj.weight.shape[0]
+    return sum(p.numel() for p in net.parameters()), 3 * 2 * products / 1e9
+
+
+def derive_seed(*numbers):
+    """A 63-bit seed of non-negative numbers: what is random is a function of such a seed alone,
+    never of the process or of what came before."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def sigma_steps(diffusion, n_steps=18):
+    """Noise levels sigma_max = sigma_0 > ... > sigma_{n-1} = sigma_min > 0, (n+1,) (EDM Eq. 5)."""
+    d, ramp = diffusion, np.linspace(0, 1, n_steps) if n_steps > 1 else np.zeros(1)
+    high, low = d.sigma_max ** (1 / d.rho), d.sigma_min ** (1 / d.rho)
+    return np.append((high + ramp * (low - high)) ** d.rho, 0)
+
+
+def heun_sampler(denoise, latents, sigmas, gamma=lambda sigma: 0, noise=None):
+    """Heun's second-order method on the probability-flow ODE, with churn (EDM Alg. 2).
+
+    denoise: D(x; sigma), of x (B,C,H,W) and sigma (B,), all float64. latents: (B,C,H,W) ~ N(0,1).
+    sigmas: falling, ending in 0. gamma: the churn at a noise level; where it is above 0, noise()
+    gives (B,C,H,W) ~ N(0,S_noise²). Return x (B,C,H,W) float64.
+    """
+    def slope(x, sigma):
+        return (x - denoise(x, x.new_full((len(x),), sigma))) / sigma
+
+    x = latents.double() * sigmas[0]
+    for sigma, sigma_next in pairwise(sigmas):
+        # Raise the noise level (churn).
+        if gamma(sigma) > 0:
+            sigma_hat = sigma * (1 + gamma(sigma))
+            x = x + math.sqrt(sigma_hat ** 2 - sigma ** 2) * noise()
+            sigma = sigma_hat
+        # Euler step.
+        d = slope(x, sigma)
+        x_next = x + (sigma_next - sigma) * d
+        # Second-order correction.
+        if sigma_next > 0:
+            x_next = x + (sigma_next - sigma) * (d + slope(x_next, sigma_next)) / 2
+        x = x_next
+    return x
+
+
+@torch.no_grad()
+def generate(denoiser, indices, seed=0, n_steps=18, eta=0.0, clip_denoised=False):
+    """Sample the images number `indices`, each from its own seed: the same in any batch or process.
+    eta: churn in [0,1], gamma = (√2-1)·eta for sigma in [S_min, S_max].
+
+    Return (len(indices),C,H,W) uint8 on the denoiser's device.
+    """
+    diffusion, device = denoiser.diffusion, next(denoiser.parameters()).device
+    streams = [np.random.default_rng((seed, i)) for i in indices]
+
+    def noise():
+        x = torch.from_numpy(np.stack([s.standard_normal(denoiser.image_shape) for s in streams]))
+        if device.type == "cuda":
+            x = x.pin_memory()              # So that nobody waits until the GPU has it.
+        return x.to(device, non_blocking=True)
+
+    def denoise(x, sigma):
+        D_x = denoiser.denoise(x, sigma)
+        return (D_x.clamp(-1, 1) if clip_denoised else D_x).double()
+
+    def gamma(sigma):
+        return (math.sqrt(2) - 1) * eta if diffusion.S_min <= sigma <= diffusion.S_max else 0
+
+    x = heun_sampler(denoise, noise(), sigma_steps(diffusion, n_steps), gamma,
+                     lambda: diffusion.S_noise * noise())
+    return (x * 127.5 + 128).clamp(0, 255).to(torch.uint8)
+
+
+# TFLOP/s of dense float16 and bfloat16 products with sums in float32, by NVIDIA's data sheets; the
+# first words that are in a GPU's name count.
+PEAKS = {"B200": 2250, "H200 NVL": 835, "H100 NVL": 835, "H200": 989, "H100 PCIe": 756, "H100": 989,
+         "A100": 312, "L40S": 362, "A40": 150, "Tesla V100": 125, "Tesla T4": 65, "RTX 4090": 165,
+         "RTX 3090": 71}
+
+
+def peak_flops(device):
+    """The FLOP/s of a device in mixed precision, of which MFU is a share; None: not known."""
+    name = f" {device_name(device).replace('-', ' ')} "
+    return next((tflops * 1e12 for words, tflops in PEAKS.items()
+                 if f" {words} " in name and "Laptop" not in name), None)
+
+
+def device_name(device):
+    """The name of a device, as it stands beside a result."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU ({torch.get_num_threads()} threads)"
+
+
+def processes_on(device):
+    """How many processes there are, on what device."""
+    return f"{world_size()} process{'es' * (world_size() > 1)} on {device_name(device)}"
+
+
+def describe(config, device, precision):
+    """Print the configuration, the network's size and cost, the processes and the precision."""
+    (n_parameters, gflop), n = cost(config), world_size()
+    if config.batch_size % n:
+        raise UserError(f"batch_size {config.batch_size} is not divisible by the {n} processes")
+    text = yaml.safe_dump(config.model_dump(), sort_keys=False, default_flow_style=None)
+    print0(f"{text}--- {config.net_type}: {n_parameters:,} parameters, {gflop:.1f} GFLOP "
+                       f"per training image; {processes_on(device)}; {precision}")
+
+
+class Throughput:
+    """Speed of training since the last reading, pauses apart, and memory."""
+
+    def __init__(self, config, device, amp_dtype, step):
+        self.batch_size, self.gflop = config.batch_size, cost(config)[1]
+        self.peak = (peak_flops(device) if amp_dtype else None) or math.nan     # Then MFU is null.
+        self.restart(step)
+
+    def read(self, step):
+        """What is logged of the steps since, of all processes."""
+        seconds = (time.perf_counter() - self.time) / (step - self.step)
+        self.restart(step)
+        flops = self.gflop * 1e9 * self.batch_size / seconds
+        return {"img_per_s": self.batch_size / seconds, "step_time_s": seconds,
+                "TFLOP_per_s": flops / 1e12, "MFU": flops / (self.peak * world_size()),
+                "gpu_memory_GB": torch.cuda.max_memory_allocated() / 1e9 or None}
+
+    def restart(self, step):
+        """Measure the time anew, from this step on."""
+        self.step, self.time = step, time.perf_counter()

@@ -1,0 +1,135 @@
+"""The processes of torchrun, or just this one: who is who, what they tell each other, signals."""
+
+import contextlib
+import os
+import signal
+import socket
+import sys
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from edm2.errors import Stopped, UserError
+
+
+def init():
+    """Join torchrun's processes, where there are any; return this one's torch.device. Raises
+    UserError where a machine has fewer GPUs than processes, or the processes cannot meet."""
+    local_size, gpu = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), None
+    if torch.cuda.is_available():
+        if local_size > (n_gpus := torch.cuda.device_count()):
+            raise UserError(f"{local_size} processes, but {n_gpus} GPUs: lower --nproc_per_node")
+        gpu = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(gpu)
+        torch.backends.cudnn.benchmark = True
+    else:                               # torchrun sets OMP_NUM_THREADS=1: share the cores instead.
+        torch.set_num_threads(max(1, cores() // local_size))
+    socket.setdefaulttimeout(60)        # A download from a dead network is an error, not a hang.
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        backend, timeout = "nccl" if gpu else "gloo", timedelta(minutes=30)
+        try:
+            dist.init_process_group(backend, timeout=timeout, device_id=gpu)
+        except (RuntimeError, ValueError) as e:
+            raise UserError(f"WORLD_SIZE is set ({e}): start with torchrun, or unset it") from None
+    return gpu or torch.device("cpu")
+
+
+def cores():
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def rank():
+    """This process's number among all, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size():
+    """The number of processes, over all machines."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def print0(*args):
+    """Print in rank 0."""
+    if rank() == 0:
+        print(*args, flush=True)
+
+
+def progress(total, unit, initial=0, desc=None):
+    """A tqdm bar of rank 0."""
+    return tqdm(total=total, unit=unit, desc=desc, initial=initial, disable=rank() > 0,
+                mininterval=0.5 if sys.stderr.isatty() else 30)
+
+
+def barrier():
+    """Wait for all processes."""
+    if world_size() > 1:
+        dist.barrier()
+
+
+def all_reduce(tensor):
+    """Sum a tensor over all processes, in place, and return it."""
+    if world_size() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def on_rank0(function, *args):
+    """Return in all processes what a function returns in rank 0, or raise its UserError there."""
+    value = error = None
+    try:
+        value = function(*args) if rank() == 0 else None
+    except UserError as e:
+        error = e
+    if world_size() > 1:
+        box = [value, error]
+        dist.broadcast_object_list(box)
+        value, error = box
+    if error:
+        error.said = rank() > 0
+        raise error
+    return value
+
+
+@contextlib.contextmanager
+def rank0_first():
+    """The first process of each machine goes first, the others follow: for downloads and caches."""
+    first = os.environ.get("LOCAL_RANK", "0") == "0"
+    if not first:
+        barrier()
+    yield
+    if first:
+        barrier()
+
+
+class Signals:
+    """SIGTERM, SIGINT, SIGUSR1 (Slurm's warning) and, unless nohup ignores it, SIGHUP: they raise
+    Stopped or, where something is unsaved (hold), are noted for agree()."""
+
+    def __init__(self):
+        self.signum, self.held = 0, False
+        self.group = dist.new_group(backend="gloo") if world_size() > 1 else None
+        for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
+            if signal.getsignal(signum) != signal.SIG_IGN:
+                signal.signal(signum, self.note)
+
+    def hold(self, held):
+        """Note signals from now on; or let them, and one that was noted, raise Stopped."""
+        self.held = held
+        if self.signum and not held:
+            self.note(self.signum)
+
+    def note(self, signum, frame=None):
+        """The handler."""
+        self.signum = self.signum or signum
+        if not self.held:
+            raise Stopped(signum, "with nothing unsaved")
+
+    def agree(self, save):
+        """(number of a signal that any process got or 0, whether any asks to save), in all."""
+        asked = torch.tensor([self.signum, int(save)])
+        if self.group is not None:
+            dist.all_reduce(asked, dist.ReduceOp.MAX, group=self.group)     # No GPU waits for it.
+        return asked.tolist()

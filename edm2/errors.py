@@ -1,0 +1,57 @@
+"""How a command ends: a user's error in one line and exit code 2, a signal in 128 + its number."""
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+
+class UserError(Exception):
+    """Something the user can mend; the message names the file, key or value and what to do."""
+    said = False        # True where another process prints the same.
+
+
+class Stopped(Exception):
+    """A signal ends the command: Stopped(its number, where and what was saved)."""
+
+
+def warn(message):
+    """Say something in one line on stderr."""
+    several = os.environ.get("WORLD_SIZE", "1") != "1"
+    process = f" (process {os.environ.get('RANK', '?')})" * several
+    print(f"{Path(sys.argv[0]).name}{process}:", *str(message).split(), file=sys.stderr, flush=True)
+
+
+def command(main):
+    """Decorate a command's main(): its errors become one line and an exit code."""
+    def run():
+        code, message = 0, None
+        try:
+            main()
+        except UserError as e:
+            code, message = 2, None if e.said else f"error: {e}"
+        except Stopped as e:
+            code, name = 128 + e.args[0], signal.Signals(e.args[0]).name
+            message = f"stopped by {name} {e.args[1]}: the same command goes on"
+        except KeyboardInterrupt:
+            code, message = 128 + signal.SIGINT, "interrupted"
+        except OSError as e:                # A full disk, missing rights, a lost mount.
+            code, message = 2, f"error: {e.filename or ''} {e.strerror or e}"
+        except (torch.OutOfMemoryError, MemoryError):
+            code, message = 2, "error: out of memory; lower --batch_gpu, n_channels or image_shape"
+        except RuntimeError as e:
+            if not (dist.is_initialized() and (isinstance(e, dist.DistError) or "gloo" in str(e))):
+                raise
+            code, message = 1, "lost contact with another process, whose own line says why"
+        if message:
+            warn(message)
+        if dist.is_initialized():
+            if code == 0:
+                dist.barrier()              # No process leaves while another still needs it.
+            sys.stdout.flush()
+            os._exit(code)                  # After an error the others may wait in a collective.
+        sys.exit(code)
+    return run

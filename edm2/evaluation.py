@@ -1,0 +1,101 @@
+"""What train.py shows and measures of its EMA: sample grids; held-out loss, FID, a probe."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from edm2 import data, diffusion, distributed, frechet, linear_probe
+from edm2.errors import UserError, warn
+from edm2.features import Extractor
+
+LEVELS = np.geomspace(0.02, 20, 8)      # Noise levels of the held-out loss.
+CHUNK = 64                              # Images whose noise is drawn together, and pass together.
+
+
+def sample_grid(denoiser, images, config, epoch):
+    """Write n_sample samples above as many real images to save_dir/grids; return that image."""
+    n, device = config.n_sample, next(denoiser.parameters()).device
+    samples = torch.zeros(n, *images.shape[1:], dtype=torch.uint8, device=device)
+    for part in torch.arange(distributed.rank(), n, distributed.world_size()).split(CHUNK):
+        samples[part] = diffusion.generate(denoiser, part.tolist(), config.seed)
+    real = images[::max(1, len(images) // n)][:n]
+    image = torch.cat([data.grid(part.cpu(), math.ceil(math.sqrt(n)))
+                       for part in (distributed.all_reduce(samples), real)], dim=1)
+    path = Path(config.save_dir) / "grids" / f"{epoch:04d}.png"
+    if distributed.rank() == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        data.save_png(image, path)
+    return image
+
+
+class Evaluator:
+    """What a config's `eval` asks for, and all that it needs. images, labels: the training set's.
+
+    Raises UserError, before training, where data or weights are missing.
+    """
+
+    def __init__(self, config, images, labels, device, batch_gpu=None):
+        self.config, self.batch_gpu = config, batch_gpu
+        try:
+            with distributed.rank0_first():
+                test = data.load(config, train=False)
+        except UserError as e:
+            raise UserError(f"eval_every needs the test set, or null: {e}") from None
+        n = min(config.eval.images or len(test[0]), len(test[0]))
+        spread = torch.arange(n) * (len(test[0]) - 1) // max(n - 1, 1)      # Folders are sorted.
+        self.held_out, self.sets = test[0][spread], {linear_probe.TRAIN: (images, labels),
+                                                     linear_probe.TEST: test}
+        if config.eval.probe:
+            linear_probe.check_blocks(config, [config.linear.blockname])
+        if config.eval.fid:
+            self.extractor = Extractor(config.eval.features, device)
+            self.reference = frechet.reference(config, images, self.extractor, batch_gpu)
+
+    def measure(self, denoiser):
+        """{name: value} of an EDM, in all processes, which share the work."""
+        found, linear = held_out_loss(denoiser, self.held_out, self.batch_gpu), self.config.linear
+        try:
+            if n := self.config.eval.fid:
+                found[f"{self.extractor.metric('FID')} n={n}"] = self.fid(denoiser, n)
+            if self.config.eval.probe:
+                probe = linear_probe.Probe(self.config, denoiser, self.sets, 0, 1, self.batch_gpu)
+                found[f"probe t={linear.timestep} {linear.blockname} (%)"], = probe.accuracies(
+                    linear.timestep, [linear.blockname])
+        except UserError as e:          # In all processes.
+            if distributed.rank() == 0:
+                warn(f"{e}; not measured, training goes on")
+        return found
+
+    def fid(self, denoiser, n):
+        """The Fréchet distance of n samples, those of sample.py's seed 0, to the training set."""
+        moments = frechet.Moments(len(self.reference.mu), self.extractor.device)
+        for start in range(distributed.rank() * CHUNK, n, distributed.world_size() * CHUNK):
+            images = diffusion.generate(denoiser, range(start, min(start + CHUNK, n)))
+            moments.add(self.extractor(images)[0])
+        samples = moments.statistics(f"{n} samples")
+        return distributed.on_rank0(frechet.distance, samples, self.reference)
+
+
+@torch.no_grad()
+def held_out_loss(denoiser, images, batch_size=None):
+    """The unweighted EDM loss per pixel of images (N,C,H,W) uint8 at each of LEVELS, and the mean:
+    {"heldout_loss": ..., "heldout_loss/0.02": ..., ...}. The noise of an image is a function of its
+    number alone: the same at every level, in every run and process."""
+    n, device = len(images), next(denoiser.parameters()).device
+    total = torch.zeros(len(LEVELS), dtype=torch.float64, device=device)
+    for chunk in range(distributed.rank(), -(-n // CHUNK), distributed.world_size()):
+        index = torch.arange(chunk * CHUNK, min((chunk + 1) * CHUNK, n))
+        g = torch.Generator().manual_seed(diffusion.derive_seed(chunk, len(LEVELS)))
+        noise = torch.randn(CHUNK, *images.shape[1:], generator=g)[:len(index)].to(device)
+        y = data.batch(images, index, device)
+        for i, level in enumerate(LEVELS):
+            for part, eps in zip(*(t.split(batch_size or CHUNK) for t in (y, noise)), strict=True):
+                sigma = torch.full([len(part)], float(level), device=device)
+                D_x = denoiser.denoise(part + level * eps, sigma)
+                loss = diffusion.edm_loss(D_x, part, sigma, denoiser.diffusion.sigma_data)
+                total[i] += loss.double().sum()
+    losses = (distributed.all_reduce(total) / n).tolist()
+    return {"heldout_loss": float(np.mean(losses)), **{
+        f"heldout_loss/{level:.3g}": loss for level, loss in zip(LEVELS, losses, strict=True)}}

@@ -1,0 +1,197 @@
+"""Fréchet distance: mean and covariance of features, their distance, the training set's, others."""
+
+import hashlib
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from edm2 import distributed
+from edm2.data import read_npz, write_npz
+from edm2.errors import UserError, warn
+from edm2.features import ImageSet, open_images
+
+N_FID = 50_000      # Samples of an FID that can be compared with published ones.
+METRICS = ("kid", "is", "precision", "recall")
+
+
+@dataclass
+class Statistics:
+    """mu (d,), sigma (d,d) float64 of n images (None: not known); features (n,d), logits (n,1008)
+    where kept."""
+    name: str
+    mu: np.ndarray
+    sigma: np.ndarray
+    n: int | None
+    features: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+
+
+class Moments:
+    """Sums for mean and covariance of features (B,d), in batches and on several processes."""
+
+    def __init__(self, d, device):
+        self.n, self.sum, self.outer = (torch.zeros(shape, dtype=torch.float64, device=device)
+                                        for shape in ([], [d], [d, d]))
+
+    def add(self, x):
+        """Take in a batch (B,d)."""
+        x = x.double()
+        self.n += len(x)
+        self.sum += x.sum(0)
+        self.outer.addmm_(x.T, x)
+
+    def statistics(self, name):
+        """The Statistics, with unbiased sigma, over all processes. Raises UserError for NaN."""
+        for total in (self.n, self.sum, self.outer):
+            distributed.all_reduce(total)
+        mu = self.sum / self.n
+        sigma = self.outer.addr_(self.sum, mu, alpha=-1).div_(self.n - 1)
+        if not (torch.isfinite(mu).all() and torch.isfinite(sigma).all()):
+            raise UserError(f"{name}: the features are NaN or Inf")
+        return Statistics(name, mu.cpu().numpy(), sigma.cpu().numpy(), int(self.n))
+
+
+def compute(images, extractor, batch_size=None, keep=False):
+    """The Statistics of an ImageSet, which all processes share; with `keep`, the features too.
+
+    Raises UserError for fewer than two images, and for Statistics whose features are asked for.
+    """
+    if isinstance(images, Statistics):
+        if keep:
+            raise UserError(f"{images.name} holds statistics: --metrics needs the images")
+        return images
+    if images.n < 2:
+        raise UserError(f"{images.name}: one image has no covariance")
+    widths = [values.shape[1] for values in extractor(next(images.batches([0], 1)))]
+    moments = Moments(widths[0], extractor.device)
+    kept = [torch.zeros(images.n, width) for width in widths] if keep else []
+    mine, done = range(distributed.rank(), images.n, distributed.world_size()), 0
+    size = batch_size or (256 if extractor.device.type == "cuda" else 16)
+    with distributed.progress(len(mine), "img", desc=images.name[-40:]) as bar:
+        for batch in images.batches(mine, size):
+            n = len(batch)
+            if n < size:        # One size, so that rounding does not depend on the share.
+                batch = torch.cat([batch, batch[-1:].expand(size - n, -1, -1, -1)])
+            found = [values[:n] for values in extractor(batch)]
+            moments.add(found[0])
+            for store, values in zip(kept, found, strict=False):
+                store[mine[done:done + n]] = values.float().cpu()
+            done += n
+            bar.update(n)
+    kept = [distributed.all_reduce(store.to(extractor.device)).cpu() for store in kept]
+    kept = dict(zip(("features", "logits"), kept, strict=False))
+    return replace(moments.statistics(images.name), **kept)
+
+
+def read_statistics(name, arrays):
+    """Statistics of arrays mu (d,) and sigma (d,d). Raises UserError where they are none."""
+    mu, sigma = (np.asarray(arrays[key]) for key in ("mu", "sigma"))
+    if not (mu.dtype.kind == sigma.dtype.kind == "f" and mu.ndim == 1 and len(mu)
+            and sigma.shape == (len(mu), len(mu)) and np.isfinite(mu).all()
+            and np.allclose(sigma, sigma.T)):       # NaN and Inf are not close either.
+        raise UserError(f"{name}: mu {mu.dtype} {list(mu.shape)} and sigma {sigma.dtype} "
+                        f"{list(sigma.shape)} are no finite mean and symmetric covariance (d,d)")
+    try:
+        n = int(json.loads(str(arrays["metadata"]))["n"])
+    except (KeyError, ValueError, TypeError, OverflowError):
+        n = None
+    return Statistics(str(name), mu.astype(np.float64), sigma.astype(np.float64), n)
+
+
+def open_set(path, limit=None):
+    """What open_images gives, or the Statistics of an .npz that holds them."""
+    found = open_images(path, limit)
+    return read_statistics(path, found) if isinstance(found, dict) else found
+
+
+def frechet_distance(mu1, sigma1, mu2, sigma2):
+    """|mu1-mu2|² + Tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^(1/2)) of two Gaussians (Heusel 2017).
+
+    sigma1 sigma2 has the eigenvalues of the symmetric Lᵀ sigma2 L where L Lᵀ = sigma1: the trace of
+    the root is the sum of their roots. All float64. Raises UserError for what is no covariance.
+    """
+    try:
+        L = np.linalg.cholesky(sigma1)
+    except np.linalg.LinAlgError:           # n <= d leaves sigma singular: L (d,r) of its rank r.
+        values, vectors = np.linalg.eigh(sigma1)
+        values = not_negative(values)
+        keep = values > values[-1] * len(values) * np.finfo(float).eps
+        L = vectors[:, keep] * np.sqrt(values[keep])
+    root = np.sqrt(not_negative(np.linalg.eigvalsh(L.T @ sigma2 @ L))).sum()
+    return float(np.square(mu1 - mu2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * root)
+
+
+def not_negative(values):
+    """Rising eigenvalues, those that rounding brought below 0 at 0. UserError for negative ones."""
+    if len(values) and values[0] < -1e-3 * abs(values[-1]):
+        raise UserError(f"sigma has a negative eigenvalue, {values[0]:.3g}, and is no covariance")
+    return values.clip(min=0)
+
+
+def distance(a, b):
+    """frechet_distance of two Statistics. Raises UserError where their dimensions differ."""
+    if a.mu.shape != b.mu.shape:
+        raise UserError(f"{a.name} has statistics of {len(a.mu)} dimensions, {b.name} of "
+                        f"{len(b.mu)}: both must be of the same features of images of one shape")
+    return frechet_distance(a.mu, a.sigma, b.mu, b.sigma)
+
+
+def other_metrics(names, samples, reference, extractor):
+    """{metric: value} of METRICS, by torch-fidelity, on the kept features of two Statistics."""
+    if not names:
+        return {}
+    from torch_fidelity import metric_isc, metric_kid, metric_prc
+    found, pair, least = {}, (samples.features, reference.features), min(samples.n, reference.n)
+    if "kid" in names:
+        size = min(1000, least)
+        kid = metric_kid.kid_features_to_metric(*pair, kid_subset_size=size, verbose=False)
+        found["KID"] = kid["kernel_inception_distance_mean"]
+    if "is" in names:
+        if samples.n < 10:
+            raise UserError("the Inception score is the mean of 10 parts: it needs 10 images")
+        found["IS"] = metric_isc.isc_features_to_metric(samples.logits)["inception_score_mean"]
+    if "precision" in names or "recall" in names:
+        if least < 4:
+            raise UserError("precision and recall look at the 3rd neighbour: they need 4 images")
+        both = metric_prc.prc_features_to_metric(*pair, save_cpu_ram=True, verbose=False)
+        found |= {name: both[name] for name in ("precision", "recall") if name in names}
+    return {extractor.metric(name): value for name, value in found.items()}
+
+
+def reference(config, images, extractor, batch_size=None, keep=False):
+    """The Statistics of a training set, images (N,C,H,W) uint8: from cache_dir/fid where they fit
+    (and features need not be kept), else computed and left there."""
+    about = {"dataset": config.dataset, "split": "train", "n": len(images),
+             "images_sha256": hashlib.sha256(images.numpy()).hexdigest(),
+             "features": extractor.name, "weights_sha256": extractor.sha256,
+             "version": extractor.version}
+    name = f"{config.dataset}-train-{extractor.name}"
+    name += f"-{extractor.sha256[:8]}" if extractor.sha256 else ""
+    path = Path(config.cache_dir) / "fid" / f"{name}.npz" if config.cache_dir else None
+    known = distributed.on_rank0(read_cache, path, about) if path else None
+    if known and not keep:
+        return known
+    stats = compute(ImageSet(f"{config.dataset} train", images), extractor, batch_size, keep)
+    if path and not known and distributed.rank() == 0:
+        write_npz(path, mu=stats.mu, sigma=stats.sigma, metadata=json.dumps(about))
+    return stats
+
+
+def read_cache(path, about):
+    """Statistics from a cache file, None where there is none or, said aloud, none that fits."""
+    try:
+        if not path.exists():
+            return None
+        arrays = read_npz(path)
+        known = json.loads(str(arrays.get("metadata", "{}")))
+        wrong = [f"{key} ({known.get(key)} there, {about[key]} now)" for key in about
+                 if known.get(key) != about[key]]
+        if not wrong:
+            return read_statistics(f"{about['dataset']} train", arrays)
+        reason = f"they differ in {', '.join(wrong)}"
+    except (UserError, OSError, ValueError, AttributeError, KeyError) as e:
+        reason = e
+    warn(f"the cached statistics {path} do not fit: {reason}; computing them again")

@@ -1,0 +1,51 @@
+"""What a run writes down: metrics and training dynamics as JSON lines, and all in TensorBoard."""
+
+import contextlib
+import json
+import math
+from pathlib import Path
+
+from tensorboard.compat.proto.summary_pb2 import Summary
+from torch.utils.tensorboard import SummaryWriter
+
+from edm2.distributed import rank
+from edm2.files import atomic
+
+
+class Log:
+    """metrics.jsonl and dynamics.jsonl in save_dir, and the same in TensorBoard; by rank 0 alone. A
+    run that goes on after `step` drops what came later, and the evaluation of that step itself."""
+
+    def __init__(self, save_dir, step):
+        self.folder, self.board = Path(save_dir), None
+        if rank() == 0:
+            for path in self.folder.glob("[md]*.jsonl"):
+                with atomic(path) as temporary:
+                    temporary.write_text("".join(lines_until(path, step)))
+            self.board = SummaryWriter(self.folder / "tensorboard", purge_step=step + 1)
+
+    def write(self, step, values, name="metrics", scalars=None):
+        """Append values to a file, NaN and Inf as null; TensorBoard gets `scalars`, or the same."""
+        if self.board:
+            plain = {key: None if isinstance(value, float) and not math.isfinite(value) else value
+                     for key, value in values.items()}
+            with open(self.folder / f"{name}.jsonl", "a") as file:
+                file.write(json.dumps({"step": step} | plain) + "\n")
+            numbers = [Summary.Value(tag=tag, simple_value=value)
+                       for tag, value in (scalars or plain).items() if value is not None]
+            self.board.file_writer.add_summary(Summary(value=numbers), step)    # As one event.
+            self.board.flush()
+
+    def image(self, step, name, image):
+        """Show an image (C,H,W) uint8 in TensorBoard."""
+        if self.board:
+            self.board.add_image(name, image, step)
+
+
+def lines_until(path, step):
+    """The whole lines of the steps until `step`, its evaluation apart."""
+    for line in path.read_text(errors="replace").splitlines():
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            row = json.loads(line)
+            if row["step"] < step or (row["step"] == step and "heldout_loss" not in row):
+                yield line + "\n"

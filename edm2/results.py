@@ -1,0 +1,241 @@
+"""results.jsonl: what fid.py and probe.py record; as a Markdown table and curves, of all runs.
+
+Some runs:            python -m edm2.results runs/cifar10/C runs/cifar10/E
+All that lie in runs: python -m edm2.results
+Training dynamics:    python -m edm2.results --dynamics runs/cifar10/C runs/cifar10/E runs/cifar10/G
+Scores by EMA length: python -m edm2.results --ema runs/cifar10/G
+"""
+
+import argparse
+import json
+import math
+import os
+import shlex
+import sys
+from datetime import datetime
+from importlib import metadata
+from pathlib import Path
+
+from edm2 import dynamics
+from edm2.errors import UserError, command, warn
+from edm2.files import atomic
+from edm2.frechet import N_FID
+
+NAMES = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "tinyimagenet": "Tiny ImageNet"}
+# The samples that the table compares.
+STANDARD = {"weights": "ema", "sigma_rel": None, "steps": 18, "eta": 0, "clip_denoised": False}
+
+
+def main():
+    """Parse the command line, print the table, draw the curves."""
+    p = argparse.ArgumentParser(description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("runs", nargs="*", metavar="RUN",
+                   help="save_dir of a run, or a folder of several (default: ./runs)")
+    p.add_argument("--out", metavar="PNG", help="default: results.png, dynamics.png or ema.png")
+    what = p.add_mutually_exclusive_group()
+    what.add_argument("--dynamics", nargs="+", metavar="RUN", help="draw the training dynamics")
+    what.add_argument("--ema", metavar="RUN", help="draw scores by the relative length of the EMA")
+    p.add_argument("--figure", help="with --ema: the score, such as FID or probe (default: all)")
+    args = p.parse_args()
+    if args.runs and (args.dynamics or args.ema):
+        p.error("name the runs after --dynamics or --ema alone")
+    if args.figure and not args.ema:
+        p.error("--figure needs --ema")
+    if args.dynamics:
+        records = dynamics.read(args.dynamics)
+        text, rows = dynamics.table(records), dynamics.curves(records)
+    elif args.ema:
+        text, rows = "", {"score": by_length(args.ema, args.figure)}
+    else:
+        results = {run: read(run) for folder in args.runs or ["runs"] for run in scored(folder)}
+        shown = {line["figure"] for lines in results.values() for line in lines}
+        metrics = sorted(filter(is_distance, shown), reverse=True) + ["probe"] * ("probe" in shown)
+        if not metrics:
+            raise UserError(f"{', '.join(results)}: no FID and no probe accuracy there yet")
+        text, rows = table(results, metrics), {"score": by_images(results, metrics)}
+    print(text)
+    figure = draw(rows, "relative EMA length, sigma_rel" if args.ema else
+                  "training images seen (millions)", log=bool(args.dynamics))
+    out = args.out or f"{'dynamics' if args.dynamics else 'ema' if args.ema else 'results'}.png"
+    with atomic(out) as temporary:
+        figure.savefig(temporary, format="png")
+    print(f"curves: {out}")
+
+
+def record(config, results, device):
+    """Append results to save_dir/results.jsonl, and show them in TensorBoard at their epochs.
+
+    results: (TensorBoard's name, {figure, value, epoch, n_reference, ...}) each.
+    """
+    from torch.utils.tensorboard import SummaryWriter
+
+    from edm2.diffusion import device_name
+    common = {"dataset": config.dataset, "net_type": config.net_type,
+              "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+              "versions": {name: metadata.version(name)
+                           for name in ("torch", "torchvision", "torch-fidelity", "numpy")},
+              "processes": int(os.environ.get("WORLD_SIZE", 1)), "device": device_name(device),
+              "date": datetime.now().astimezone().isoformat(timespec="seconds")}
+    B = config.batch_size
+    with open(Path(config.save_dir) / "results.jsonl", "a") as file:
+        for _, line in results:
+            mimg = (line["epoch"] + 1) * (line["n_reference"] // B) * B / 1e6
+            file.write(json.dumps(line | {"Mimg": mimg} | common) + "\n")
+    # In a folder of their own: training may still write its own.
+    with SummaryWriter(Path(config.save_dir) / "tensorboard" / "scores") as board:
+        for name, line in results:
+            board.add_scalar(name, line["value"], line["epoch"])
+
+
+def scored(folder):
+    """The runs in or below a folder. Raises UserError where there are none."""
+    found = sorted(str(path.parent) for path in Path(folder).rglob("results.jsonl"))
+    if not found:
+        raise UserError(f"no results.jsonl in or below {folder}: score a run with fid.py or "
+                        f"probe.py, or name its save_dir")
+    return found
+
+
+def read(run, standard=STANDARD):
+    """The results of a run with the `standard` settings, the later of two of the same thing; others
+    are named. Raises UserError where there are none."""
+    def check(line):
+        line["sampling"] = {"sigma_rel": line.get("sigma_rel")} | (line.get("sampling") or {})
+        line["key"] = json.dumps([line[key] for key in ("figure", "epoch", "n", "features", "seeds",
+                                                        "sampling")] + [line.get("timestep")])
+        line["config"], line["dataset"] = line["net_type"][-1], str(line["dataset"])
+        if not all(math.isfinite(line[name]) for name in ("value", "Mimg", "epoch", "n")):
+            raise ValueError
+
+    path, found = Path(run) / "results.jsonl", {}
+    for line in dynamics.read_lines(path, check, "score the run with fid.py or probe.py first"):
+        made = line["sampling"]
+        if any(made.get(name, value) != value for name, value in standard.items()):
+            warn(f"{path}: left out, of other sampling settings: {line['figure']} "
+                 f"{line['value']:.6g} @ {line['epoch']}, {made}")
+        else:
+            found[line["key"]] = line
+    if not found:
+        raise UserError(f"{path} holds no results of these settings")
+    return list(found.values())
+
+
+def is_distance(metric):
+    """True for FID, FD(pixels), ...: the less the better."""
+    return metric.startswith(("FID", "FD("))
+
+
+def curve(lines, metric):
+    """The lines of a metric that compare, the best of each epoch by rising epoch, and a remark.
+
+    They are of one n (50,000 or more count as one) or, of the probe, of one timestep and block: the
+    one with the most epochs; among equals the largest n, or the best accuracy.
+    """
+    groups, less = {}, is_distance(metric)
+    for line in sorted(lines, key=lambda line: line["value"], reverse=less):    # The best last.
+        if line["figure"] == metric:
+            kind = (min(line["n"], N_FID),) if less else (line.get("timestep"), line["features"])
+            groups.setdefault(kind, {})[line["epoch"]] = line
+    if not groups:
+        return [], ""
+    chosen = max(groups, key=lambda kind: (len(groups[kind]), kind[0] if less else max(
+        line["value"] for line in groups[kind].values())))
+    equal = sum(len(group) == len(groups[chosen]) for group in groups.values())
+    if less:
+        remark = f" (n={chosen[0]:,})" * (chosen[0] < N_FID)
+    else:
+        remark = f" (t={chosen[0]} {chosen[1]}" + f", best of {equal}" * (equal > 1) + ")"
+        remark *= len(groups) > 1
+    return [groups[chosen][epoch] for epoch in sorted(groups[chosen])], remark
+
+
+def table(results, metrics):
+    """Markdown: a row per data set, a column per metric and config, the best value @ its epoch. A
+    second run of a data set and config has a row of its own; rows then name their folders."""
+    rows = []                               # (data set, {config: run})
+    for run, lines in results.items():
+        dataset, config = lines[-1]["dataset"], lines[-1]["config"]
+        row = next((runs for name, runs in rows if name == dataset and config not in runs), None)
+        if row is None:
+            rows.append((dataset, row := {}))
+        row[config] = run
+    configs = sorted({config for _, runs in rows for config in runs})
+    columns = [(metric, config) for metric in metrics for config in configs]
+    text = ["| | " + " | ".join(f"{metric} {config}" for metric, config in columns) + " |",
+            "|---" * (len(columns) + 1) + "|"]
+    for dataset, runs in rows:
+        cells = [NAMES.get(dataset, dataset)]
+        if sum(name == dataset for name, _ in rows) > 1:
+            cells[0] += f" ({', '.join(runs.values())})"
+        for metric, config in columns:
+            found, remark = curve(results[runs[config]], metric) if config in runs else ([], "")
+            best = (min if is_distance(metric) else max)(
+                found, key=lambda line: line["value"], default=None)
+            cells.append(f"{best['value']:.2f} @ {best['epoch']}{remark}" if best else "-")
+        text.append("| " + " | ".join(cells) + " |")
+    return "\n".join(text) + "\n"
+
+
+def by_images(results, metrics):
+    """{metric: {label: [(Mimg, value)]}}, a curve per run."""
+    names = {run: f"{NAMES.get(lines[-1]['dataset'], lines[-1]['dataset'])} {lines[-1]['config']}"
+             for run, lines in results.items()}
+    panels = {metric: {} for metric in metrics}
+    for metric, (run, lines) in ((m, item) for m in metrics for item in results.items()):
+        best, remark = curve(lines, metric)
+        name = names[run] + f" ({run})" * (list(names.values()).count(names[run]) > 1)
+        panels[metric][name + remark] = [(line["Mimg"], line["value"]) for line in best]
+    return {titled(metric): curves for metric, curves in panels.items()}
+
+
+def by_length(run, name):
+    """{metric: {label: [(sigma_rel, value)]}} of a run, a curve per epoch: of all metrics, or just
+    `name`; of several n, seeds, timesteps or blocks those with the most scores."""
+    kinds = {}                              # {metric: {what it is of: {label: [(length, value)]}}}
+    for line in read(run, {key: STANDARD[key] for key in STANDARD if key != "sigma_rel"}):
+        of = (f" t={line.get('timestep')} {line['features']}" if line["figure"] == "probe" else
+              f" n={line['n']:,}, seeds {line['seeds']}")
+        if (length := line["sampling"]["sigma_rel"]) is not None:
+            curves = kinds.setdefault(line["figure"], {}).setdefault(line["figure"] + of, {})
+            curves.setdefault(f"epoch {line['epoch']}", []).append((length, line["value"]))
+    if not kinds or name not in (None, *kinds):
+        raise UserError(f"{run} holds no such score by EMA length, only {', '.join(kinds) or '-'}: "
+                        f"make some with sample.py and fid.py, or probe.py, --sigma_rel 0.05, ...")
+    best = [max(found.items(), key=lambda item: sum(map(len, item[1].values())))
+            for metric, found in kinds.items() if name in (None, metric)]
+    return {titled(kind): curves for kind, curves in best}
+
+
+def titled(metric):
+    """The title of a metric's panel."""
+    less = is_distance(metric) or metric.startswith(("KID", "KD("))
+    unit = " (test accuracy, %)" * metric.startswith("probe")
+    return f"{metric}{unit}, {'less' if less else 'more'} is better"
+
+
+def draw(rows, x_label, log=False):
+    """A matplotlib Figure of {y label: {title: {label: [(x, y)]}}}, a row of panels per y label."""
+    from matplotlib.figure import Figure  # Slow to import: only where it is used.
+    columns = max(map(len, rows.values()))
+    figure = Figure(figsize=(5 * columns, 3.6 * len(rows)), layout="constrained", dpi=150)
+    grid = figure.subplots(len(rows), columns, squeeze=False, sharey="row" if log else False)
+    for panels, (y_label, titles) in zip(grid, rows.items(), strict=True):
+        for axes, (title, curves) in zip(panels, titles.items(), strict=True):
+            for i, (label, points) in enumerate(curves.items()):
+                style = {"decoder": "--", "embedding": ":"}.get(label.partition(" ")[0], "-")
+                points = sorted(point for point in points if point[1] or not log)
+                if points:
+                    axes.plot(*zip(*points, strict=True), style, color=f"C{i}", label=label,
+                              marker="." * (len(points) < 30))
+            axes.set(title=title, xlabel=x_label, ylabel=y_label, yscale="log" if log else "linear")
+            axes.grid(alpha=0.3, which="both")
+            axes.legend(fontsize=7)
+        low, high = panels[0].get_ylim()
+        if log and high < 4 * low:          # What hardly changes is to look like that.
+            panels[0].set_ylim(math.sqrt(low * high) / 2, math.sqrt(low * high) * 2)
+    return figure
+
+
+if __name__ == "__main__":
+    command(main)()
