@@ -135,7 +135,7 @@ def find_sets(config, args):
             raise UserError(f"{args.images} holds no settings.json of sample.py; for any two sets: "
                             f"python fid.py A B")
         if checkpoint.path_of(config, settings["epoch"]).exists():
-            check_origin(config, args.images, settings)
+            check_origin(config, args.images, settings, settings["epoch"])
         return [(settings["epoch"], [args.images])]
     asked = [checkpoint.find(config, epoch) for epoch in args.epoch or [None]
              ] if args.epoch != "all" else checkpoint.epochs(config)
@@ -165,7 +165,7 @@ def find_folders(config, args, epoch):
         missing = [i for i in range(n or 1) if f"{i:06d}" not in names]
         if not settings or not images:
             raise UserError(f"no images of epoch {epoch} in {folder}: {remedy}")
-        check_origin(config, folder, settings, f", then {remedy}")
+        check_origin(config, folder, settings, epoch, f", then {remedy}")
         if missing:
             raise UserError(f"{folder} holds {len(images):,} images, but not {missing[0]:06d}.png: "
                             f"{remedy}")
@@ -173,9 +173,9 @@ def find_folders(config, args, epoch):
     return folders
 
 
-def check_origin(config, folder, settings, remedy=""):
+def check_origin(config, folder, settings, epoch, remedy=""):
     """Raise UserError where images are not of the run's checkpoint, or that not of the config."""
-    path = checkpoint.path_of(config, settings["epoch"])
+    path = checkpoint.path_of(config, epoch)
     checkpoint.check_same(config, checkpoint.load(path)["config"], checkpoint.NETWORK)
     if settings.get("checkpoint_sha256") != files.sha256(path):
         raise UserError(f"{folder} is of another checkpoint than {path}: remove it{remedy}")

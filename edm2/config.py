@@ -31,7 +31,7 @@ Fraction = Annotated[Number, Field(ge=0, lt=1)]
 Unit = Annotated[Number, Field(ge=0, le=1)]
 Sigma = Annotated[Number, Field(ge=1e-6, le=1e6)]       # A noise level, of pixels in [-1,1].
 SigmaRel = Annotated[Number, Field(ge=0.02, le=0.28)]   # Of an EMA: none is longer than 0.289.
-Whole = Annotated[int, BeforeValidator(to_number), Field(ge=-1, le=2**53)]
+Whole = Annotated[int, BeforeValidator(to_number), Field(le=2**53)]
 Count, Index = Annotated[Whole, Field(ge=1, le=10**9)], Annotated[Whole, Field(ge=0)]
 Width = Annotated[Count, Field(le=8192)]                # Channels, or pixels of a side.
 Timestep = Annotated[Count, Field(le=18)]               # Of the sampler's 18, from the clean end.
@@ -120,7 +120,7 @@ class Config(Section):
     optim_args: OptimArgs = OptimArgs()
     ema: Fraction = 0.9993
     seed: Index = 0
-    load_epoch: Whole = -1                      # Go on from this checkpoint; -1: the newest.
+    load_epoch: Annotated[Whole, Field(ge=-1)] = -1     # From this checkpoint; -1: the newest.
     dynamics_every: Index | None = None         # Steps between records; null: 200 a run; 0: none.
     eval_every: Count | None = None             # Epochs between evaluations; null: none.
     eval: Eval = Eval()

@@ -3,6 +3,7 @@
 train.py records them in save_dir/dynamics.jsonl; `python -m edm2.results --dynamics` draws them.
 """
 
+import itertools
 import json
 import math
 from pathlib import Path
@@ -162,10 +163,10 @@ def table(records):
             " | update / weight (RMS) of a layer at the end, least to most |", "|---" * 4 + "|"]
     for run, found in records.items():
         series = {kind: {} for kind in ROWS}            # {kind: {block or weight: its values}}
-        for kind, values in ((k, values) for line in found for k in ROWS for values in line[k].values()):
-            for name, value in values.items():
+        for line, kind in itertools.product(found, ROWS):
+            for name, value in (item for group in line[kind].values() for item in group.items()):
                 series[kind].setdefault(name, []).append(math.inf if value is None else value)
-        moved = {name: max(values) / min(values) - 1 if min(values) else math.inf
+        moved = {name: max(values) / min(values) - 1 if 0 < min(values) < math.inf else math.inf
                  for name, values in series["weight"].items()}
         sizes = [value for values in series["activation"].values() for value in values]
         last, most = [values[-1] for values in series["update"].values()], max(moved, key=moved.get)

@@ -136,7 +136,10 @@ def distance(a, b):
     if a.mu.shape != b.mu.shape:
         raise UserError(f"{a.name} has statistics of {len(a.mu)} dimensions, {b.name} of "
                         f"{len(b.mu)}: both must be of the same features of images of one shape")
-    return frechet_distance(a.mu, a.sigma, b.mu, b.sigma)
+    try:
+        return frechet_distance(a.mu, a.sigma, b.mu, b.sigma)
+    except UserError as e:
+        raise UserError(f"{a.name} against {b.name}: {e}") from None
 
 
 def other_metrics(names, samples, reference, extractor):

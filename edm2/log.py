@@ -9,6 +9,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import SummaryWriter
 
 from edm2.distributed import rank
+from edm2.errors import UserError
 from edm2.files import atomic
 
 
@@ -29,8 +30,12 @@ class Log:
         if self.board:
             plain = {key: None if isinstance(value, float) and not math.isfinite(value) else value
                      for key, value in values.items()}
-            with open(self.folder / f"{name}.jsonl", "a") as file:
-                file.write(json.dumps({"step": step} | plain) + "\n")
+            path = self.folder / f"{name}.jsonl"
+            try:
+                with open(path, "a") as file:
+                    file.write(json.dumps({"step": step} | plain) + "\n")
+            except OSError as e:            # It names no file.
+                raise UserError(f"cannot write {path}: {e.strerror}") from None
             numbers = [Summary.Value(tag=tag, simple_value=value)
                        for tag, value in (scalars or plain).items() if value is not None]
             self.board.file_writer.add_summary(Summary(value=numbers), step)    # As one event.

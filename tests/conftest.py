@@ -1,4 +1,4 @@
-"""What the tests share: a tiny config, the commands in this process or as real ones, the real data."""
+"""What the tests share: a tiny config, commands in this process or as real ones, the data."""
 
 import contextlib
 import hashlib
@@ -55,15 +55,15 @@ def tiny_config(folder, net_type="UNetC", **changes):
 
 
 def run(script, *args, cwd=ROOT, processes=None, **how):
-    """Run a command as a user does: `python script` in this process, or torchrun in `processes` real
-    ones. Return its returncode, stdout and stderr."""
+    """Run a command as a user does: `python script` in this process, or torchrun in real
+    `processes`. Return its returncode, stdout and stderr."""
     if processes or how:
         return subprocess.run(**launch(script, *args, processes=processes, **how), cwd=cwd,
                               capture_output=True, timeout=600)
     module = "edm2.results" if script == "results.py" else script.removesuffix(".py")
     main, out, err = importlib.import_module(module).main, io.StringIO(), io.StringIO()
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
-    before = [signal.getsignal(number) for number in numbers], torch.get_num_threads(), os.getcwd()
+    before = [signal.getsignal(number) for number in numbers], torch.get_num_threads()
     try:
         with (pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out),
               contextlib.redirect_stderr(err), pytest.raises(SystemExit) as end):
@@ -96,7 +96,7 @@ def refused(*args, words, **how):
 
 
 def launch(script, *args, processes=None, restarts=0):
-    """The command line and environment of a real process, under torchrun where `processes` is given."""
+    """Command line and environment of a real process, under torchrun where `processes` is given."""
     launcher = [sys.executable]
     if processes:
         launcher = [str(Path(sys.executable).with_name("torchrun")), "--standalone",
@@ -163,7 +163,8 @@ def last_step(save_dir):
 
 def results(save_dir):
     """The lines of results.jsonl."""
-    return [json.loads(line) for line in (Path(save_dir) / "results.jsonl").read_text().splitlines()]
+    text = (Path(save_dir) / "results.jsonl").read_text()
+    return [json.loads(line) for line in text.splitlines()]
 
 
 def weights(save_dir, epoch, key="network"):
@@ -180,8 +181,8 @@ def distance(a, b):
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
-    """The folder of one run of 4 epochs of a tiny UNetE, a checkpoint each: config.yaml and run/. For
-    all tests: copy run/ to change anything in it."""
+    """The folder of one run of 4 epochs of a tiny UNetE, a checkpoint each: config.yaml and run/.
+    For all tests: copy run/ to change anything in it."""
     folder = tmp_path_factory.mktemp("trained")
     path = tiny_config(folder, "UNetE", n_epoch=4, save_every=1, flip=True, linear={
         "n_epoch": 20, "batch_size": 64, "lrate": 3e-3, "timestep": 4, "blockname": "out_2"})
