@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import threading
 from pathlib import Path
 
 import torch
@@ -29,6 +30,9 @@ def command(main):
     """Decorate a command's main(): its errors become one line and an exit code."""
     def run():
         code, message = 0, None
+        # A thread that could not write (TensorBoard's) is heard of where its work is waited for.
+        threading.excepthook = lambda e: (
+            None if isinstance(e.exc_value, OSError) else threading.__excepthook__(e))
         try:
             main()
         except UserError as e:

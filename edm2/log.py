@@ -30,16 +30,15 @@ class Log:
         if self.board:
             plain = {key: None if isinstance(value, float) and not math.isfinite(value) else value
                      for key, value in values.items()}
-            path = self.folder / f"{name}.jsonl"
-            try:
-                with open(path, "a") as file:
-                    file.write(json.dumps({"step": step} | plain) + "\n")
-            except OSError as e:            # It names no file.
-                raise UserError(f"cannot write {path}: {e.strerror}") from None
             numbers = [Summary.Value(tag=tag, simple_value=value)
                        for tag, value in (scalars or plain).items() if value is not None]
-            self.board.file_writer.add_summary(Summary(value=numbers), step)    # As one event.
-            self.board.flush()
+            try:
+                with open(self.folder / f"{name}.jsonl", "a") as file:
+                    file.write(json.dumps({"step": step} | plain) + "\n")
+                self.board.file_writer.add_summary(Summary(value=numbers), step)    # As one event.
+                self.board.flush()
+            except OSError as e:            # It names no file.
+                raise UserError(f"cannot write {name} in {self.folder}: {e.strerror}") from None
 
     def image(self, step, name, image):
         """Show an image (C,H,W) uint8 in TensorBoard."""
