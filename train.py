@@ -103,7 +103,7 @@ def train(config, args, images, device, evaluator, signals):
         bar.update()
 
         # Figures every log_every steps; latest.pth every save_minutes and after a signal.
-        if run.figures_due(args.max_steps):
+        if not all(run.step % n for n in (config.log_every, run.steps_per_epoch, args.max_steps)):
             figures = run.figures(lr, grad_norm) | speed.read(run.step)
             log.write(run.step, figures)
             bar.set_postfix({key: figures[key] for key in ("loss", "img_per_s")}, refresh=False)
@@ -123,10 +123,9 @@ def draw(run, step, images):
     level = torch.randn(B, generator=g, device=run.device)
     noise = torch.randn(B, *images.shape[1:], generator=g, device=run.device)
     flip = torch.rand(B, generator=g, device=run.device) < (0.5 if run.config.flip else 0)
-    start = distributed.rank() * run.batch_process
-    parts = (t[start:start + run.batch_process].split(run.batch_gpu)
-             for t in (index, level, noise, flip))
-    return list(zip(*parts, strict=True))
+    mine = [t.chunk(distributed.world_size())[distributed.rank()].split(run.batch_gpu)
+            for t in (index, level, noise, flip)]
+    return list(zip(*mine, strict=True))
 
 
 def learning_rate(config, step, steps_per_epoch):
@@ -188,11 +187,6 @@ class Run:
         self.scaler = torch.amp.GradScaler(device.type, init_scale=64.0,
                                            enabled=amp_dtype == torch.float16)
 
-    def figures_due(self, max_steps):
-        """Whether the figures of the last step are logged."""
-        every = self.config.log_every, self.steps_per_epoch, max_steps
-        return any(self.step % n == 0 for n in every)
-
     def count_step(self, grad_norm):
         """One step more. NaN and Inf gradients are counted; a count of MAX_BAD_STEPS stays."""
         good = torch.isfinite(grad_norm) & (self.bad_steps < MAX_BAD_STEPS)
@@ -228,8 +222,7 @@ class Run:
             "step": self.step, "epoch": (self.step - 1) // self.steps_per_epoch,
             "loss_sum": distributed.all_reduce(self.loss_sum.clone()), "window": self.window,
             "bad_steps": self.bad_steps.item(), "n_images": self.n_images,
-            "precision": self.precision,
-            "config": self.config.model_dump()}
+            "precision": self.precision, "config": self.config.model_dump()}
         if self.config.save_model:
             distributed.on_rank0(checkpoint.save, path, state)
         self.next_save = time.monotonic() + 60 * self.config.save_minutes
@@ -243,8 +236,8 @@ class Run:
         state = checkpoint.load(path)
         checkpoint.check_same(self.config, state["config"], state["config"].keys() - FREE)
         if state["n_images"] != self.n_images:
-            raise UserError(f"{self.config.save_dir} holds a run on {state['n_images']} images, "
-                            f"but there are {self.n_images} now: choose another save_dir")
+            raise UserError(f"{path} is of a run on {state['n_images']} images, now there are "
+                            f"{self.n_images}: choose another save_dir")
         if state["precision"] != self.precision and distributed.rank() == 0:
             warn(f"the run was trained in {state['precision']} and goes on in {self.precision}")
         checkpoint.restore(self.denoiser.net, state["network"])
@@ -266,10 +259,9 @@ class Run:
 
     def finish(self):
         """Say what there is; a run that is done needs no save on the way any more."""
-        done = self.step >= self.total_steps
-        for path in checkpoint.latest_paths(self.config):
-            if done and distributed.rank() == 0:
-                path.unlink(missing_ok=True)
+        done, latest = self.step >= self.total_steps, checkpoint.latest_paths(self.config)
+        for path in latest if done and distributed.rank() == 0 else ():
+            path.unlink(missing_ok=True)
         distributed.print0(f"done: what the run left is in {self.config.save_dir}" if done else
                            f"stopped after step {self.step}, as --max_steps says, unsaved")
 

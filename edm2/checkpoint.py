@@ -5,7 +5,6 @@ the two last saves on the way there.
 """
 
 import math
-import os
 import pickle
 import zipfile
 from pathlib import Path
@@ -112,14 +111,14 @@ def newest(config):
 def choose(config, fresh):
     """The path of the checkpoint to go on from, None for a new run: the newest or, unless the run
     has gone on from it before, load_epoch's; later ones are then renamed to *.old. Raises UserError
-    as newest does, and where `fresh` finds a run, unless torchrun starts it again."""
-    if fresh and existing(config) and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+    as newest does, and where `fresh` finds a run."""
+    if fresh and existing(config):
         raise UserError(f"--fresh: {config.save_dir} holds a run: choose another save_dir")
     path = newest(config)
     if config.load_epoch >= 0:
         picked = path_of(config, find(config, config.load_epoch))
         gone_on = load(path)["config"]["load_epoch"] == config.load_epoch
-        path = path if gone_on and step_of(path) > step_of(picked) else picked
+        path = path if gone_on else picked
     if path is None or config.load_epoch >= 0:
         step = step_of(path) if path else 0
         for later in [*existing(config), *(Path(config.save_dir) / "ema").glob("*.pth")]:

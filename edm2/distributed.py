@@ -28,10 +28,16 @@ def init():
         torch.set_num_threads(max(1, cores() // local_size))
     socket.setdefaulttimeout(60)        # A download from a dead network is an error, not a hang.
     if os.environ.get("WORLD_SIZE", "1") != "1":
-        backend, timeout = "nccl" if gpu else "gloo", timedelta(minutes=30)
+        env, store = os.environ, None
         try:
-            dist.init_process_group(backend, timeout=timeout, device_id=gpu)
-        except (RuntimeError, ValueError) as e:
+            if env.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and env["GROUP_WORLD_SIZE"] == "1":
+                # torchrun's store outlives a restart, with the addresses of before.
+                store = dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), is_master=False)
+                store = dist.PrefixStore(env["TORCHELASTIC_RESTART_COUNT"], store)
+            dist.init_process_group("nccl" if gpu else "gloo", device_id=gpu, store=store,
+                                    timeout=timedelta(minutes=30), rank=int(env["RANK"]),
+                                    world_size=int(env["WORLD_SIZE"]))
+        except (RuntimeError, ValueError, KeyError) as e:
             raise UserError(f"WORLD_SIZE is set ({e}): start with torchrun, or unset it") from None
     return gpu or torch.device("cpu")
 
