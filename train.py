@@ -22,7 +22,7 @@ from edm2.log import Log
 from edm2.posthoc_ema import Averages
 
 MAX_BAD_STEPS = 20      # Steps in a row with NaN or Inf gradients after which training stops.
-NOISE, DROPOUT = 1, 2   # What a step's seeds are for.
+DROPOUT = 2             # What a step's seed is for; data.NOISE is the other one.
 
 
 def main():
@@ -69,7 +69,7 @@ def train(config, args, images, device, evaluator, signals):
 
         # Data order, noise levels, noise and flips: functions of seed and step.
         signals.hold(True)
-        passes = draw(run, step, images)
+        passes = data.draw(config, step, images, device, run.batch_gpu)
         torch.manual_seed(diffusion.derive_seed(config.seed, step, DROPOUT, distributed.rank()))
 
         # Learning rate (EDM2 Eq. 67).
@@ -112,20 +112,6 @@ def train(config, args, images, device, evaluator, signals):
             run.save(checkpoint.latest_paths(config)[0])
         if signum:
             raise Stopped(signum, f"after step {run.step} and saved in {config.save_dir}")
-
-
-def draw(run, step, images):
-    """Image numbers, noise levels and noise ~ N(0,1) and flips of a step's total batch, B images;
-    of them this process's part, as a list of passes of run.batch_gpu images."""
-    B, seed, (epoch, i) = run.config.batch_size, run.config.seed, divmod(step, run.steps_per_epoch)
-    index = data.epoch_order(len(images), seed, epoch)[i * B:(i + 1) * B]
-    g = torch.Generator(run.device).manual_seed(diffusion.derive_seed(seed, step, NOISE))
-    level = torch.randn(B, generator=g, device=run.device)
-    noise = torch.randn(B, *images.shape[1:], generator=g, device=run.device)
-    flip = torch.rand(B, generator=g, device=run.device) < (0.5 if run.config.flip else 0)
-    mine = [t.chunk(distributed.world_size())[distributed.rank()].split(run.batch_gpu)
-            for t in (index, level, noise, flip)]
-    return list(zip(*mine, strict=True))
 
 
 def learning_rate(config, step, steps_per_epoch):

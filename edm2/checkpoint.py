@@ -1,7 +1,6 @@
 """Checkpoints: plain tensors and values, written whole or not at all, checked when they are read.
 
-save_dir/ckpts/model_{epoch}.pth is what an epoch left behind; latest.pth and latest_before.pth are
-the two last saves on the way there.
+In save_dir/ckpts: model_{epoch}.pth, latest.pth and latest_before.pth, the last saves on the way.
 """
 
 import math
@@ -53,8 +52,8 @@ def find(config, epoch=None):
     if epoch not in found and epoch == config.n_epoch:
         epoch -= 1
     if epoch not in found:
-        there = ", ".join(map(str, found))
-        raise UserError(f"no checkpoint of epoch {epoch} in {folder}; there are {there}")
+        raise UserError(f"no checkpoint of epoch {epoch} in {folder}; there are "
+                        f"{', '.join(map(str, found))}")
     return epoch
 
 
@@ -110,15 +109,13 @@ def newest(config):
 
 def choose(config, fresh):
     """The path of the checkpoint to go on from, None for a new run: the newest or, unless the run
-    has gone on from it before, load_epoch's; later ones are then renamed to *.old. Raises UserError
-    as newest does, and where `fresh` finds a run."""
+    has gone on from it, load_epoch's; later ones become *.old. `fresh`: UserError for a run."""
     if fresh and existing(config):
         raise UserError(f"--fresh: {config.save_dir} holds a run: choose another save_dir")
     path = newest(config)
-    if config.load_epoch >= 0:
-        picked = path_of(config, find(config, config.load_epoch))
-        gone_on = load(path)["config"]["load_epoch"] == config.load_epoch
-        path = path if gone_on else picked
+    if config.load_epoch >= 0 and (
+            path is None or load(path)["config"]["load_epoch"] != config.load_epoch):
+        path = path_of(config, find(config, config.load_epoch))
     if path is None or config.load_epoch >= 0:
         step = step_of(path) if path else 0
         for later in [*existing(config), *(Path(config.save_dir) / "ema").glob("*.pth")]:

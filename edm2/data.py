@@ -14,11 +14,13 @@ import torch
 from filelock import FileLock
 from PIL import Image, ImageOps
 
-from edm2.distributed import cores
+from edm2.diffusion import derive_seed
+from edm2.distributed import cores, rank, world_size
 from edm2.errors import UserError, warn
 from edm2.files import atomic
 
 DECODED = 2     # Version of the code that decodes: with another one, what was kept is decoded anew.
+NOISE = 1       # What a step's seed is for.
 TINY_URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
 TINY_MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
 
@@ -208,6 +210,19 @@ def placement(nbytes, device):
 def epoch_order(n, seed, epoch):
     """The order of n images in an epoch, (n,) int64: a function of (seed, epoch) alone."""
     return torch.from_numpy(np.random.default_rng((seed, epoch)).permutation(n))
+
+
+def draw(config, step, images, device, batch_gpu):
+    """Image numbers, noise levels and noise ~ N(0,1) and flips of a step's total batch, B images;
+    of them this process's part, as a list of passes of batch_gpu images."""
+    B, (epoch, i) = config.batch_size, divmod(step, len(images) // config.batch_size)
+    index = epoch_order(len(images), config.seed, epoch)[i * B:(i + 1) * B]
+    g = torch.Generator(device).manual_seed(derive_seed(config.seed, step, NOISE))
+    level = torch.randn(B, generator=g, device=device)
+    noise = torch.randn(B, *images.shape[1:], generator=g, device=device)
+    flip = torch.rand(B, generator=g, device=device) < (0.5 if config.flip else 0)
+    mine = [t.chunk(world_size())[rank()].split(batch_gpu) for t in (index, level, noise, flip)]
+    return list(zip(*mine, strict=True))
 
 
 def batch(images, index, device, flip=None):

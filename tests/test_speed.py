@@ -14,8 +14,7 @@ from steps import IMAGES, train_steps
 from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import train
-from edm2 import diffusion
+from edm2 import data, diffusion
 
 DTYPES = {None: 1e-5, "bfloat16": 2e-2, "float16": 2e-2}
 
@@ -39,7 +38,7 @@ def test_a_step_is_the_plain_step(tmp_path, net_type, dtype):
     average = EMA(plain.net, beta=done.config.ema, update_after_step=0, update_every=1)
     optimizer = torch.optim.Adam(plain.parameters(), lr=0.01, foreach=False, fused=False)
     for step in range(n):
-        passes = train.draw(done, step, IMAGES[:8 * n])
+        passes = data.draw(done.config, step, IMAGES[:8 * n], done.device, done.batch_gpu)
         index, level, noise, flip = (torch.cat(parts) for parts in zip(*passes, strict=True))
         pixels = [image[:, :, ::-1] if turn else image
                   for image, turn in zip(IMAGES.numpy()[index], flip, strict=True)]

@@ -2,7 +2,6 @@
 restart change what comes out."""
 
 import math
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +13,7 @@ from steps import train_steps
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train
-from edm2 import checkpoint, diffusion
+from edm2 import checkpoint, data, diffusion
 from edm2.config import load_config
 
 ALL = ["network", "ema", "uncertainty"]
@@ -239,9 +238,7 @@ def test_draws_are_functions_of_seed_and_step(tmp_path):
     path, images = tiny_config(tmp_path, flip=True), torch.zeros(1437, 1, 8, 8)
 
     def draw(step, *overrides):
-        (drawn,) = train.draw(SimpleNamespace(
-            config=load_config(path, overrides), device=torch.device("cpu"), steps_per_epoch=10,
-            batch_process=140, batch_gpu=140), step, images)
+        (drawn,) = data.draw(load_config(path, overrides), step, images, torch.device("cpu"), 140)
         return drawn
 
     first = index, level, noise, flip = draw(0)
@@ -252,4 +249,4 @@ def test_draws_are_functions_of_seed_and_step(tmp_path):
     assert abs(level.mean()) < 0.4 and abs(noise.std() - 1) < 0.05 and noise.shape[1:] == (1, 8, 8)
     assert not draw(0, "flip=false")[3].any()
     # Dropout shares nothing with the noise.
-    assert diffusion.derive_seed(0, 1, train.DROPOUT, 0) != diffusion.derive_seed(0, 1, train.NOISE)
+    assert diffusion.derive_seed(0, 1, train.DROPOUT, 0) != diffusion.derive_seed(0, 1, data.NOISE)
