@@ -104,8 +104,7 @@ def train(config, args, images, device, evaluator, signals):
 
         # Figures every log_every steps; latest.pth every save_minutes and after a signal.
         if not all(run.step % n for n in (config.log_every, run.steps_per_epoch, args.max_steps)):
-            figures = run.figures(lr, grad_norm) | speed.read(run.step)
-            log.write(run.step, figures)
+            log.write(run.step, figures := run.figures(lr, grad_norm) | speed.read(run.step))
             bar.set_postfix({key: figures[key] for key in ("loss", "img_per_s")}, refresh=False)
         signum, due = signals.agree(time.monotonic() >= run.next_save)
         if signum or due:
