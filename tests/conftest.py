@@ -24,6 +24,10 @@ ROOT = Path(__file__).parents[1]
 DATA = ROOT.parent / "shared" / "data"
 NETS = ["UNetC", "UNetE", "UNetG"]
 
+# In the background or under nohup they are ignored, and what the tests start would ignore them.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 # Under pytest-xdist each worker, and all that it starts, has one core of its own: threads of two
 # tests on one core wait for each other and slow both down tenfold.
 if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):

@@ -76,6 +76,7 @@ def moments(x):
     return x.mean(0), np.cov(x, rowvar=False)
 
 
+@pytest.mark.slow
 def test_distance_of_commuting_gaussians_is_the_closed_form():
     """Tr (S1 + S2 - 2 (S1 S2)^1/2) = sum (√a - √b)² where S1, S2 share their eigenvectors."""
     rng, d = np.random.default_rng(0), 2048
@@ -96,6 +97,7 @@ def test_distance_of_commuting_gaussians_is_the_closed_form():
 
 
 @pytest.mark.parametrize("n", [100, 3000])
+@pytest.mark.slow
 def test_distance_of_a_set_to_itself_and_of_few_images(n):
     """n = 100 leaves singular covariances: Tr (S1 S2)^1/2 = the singular values of X Yᵀ / 99."""
     scale = np.geomspace(3, 1e-2, 2048)
@@ -154,6 +156,7 @@ print("MB:", peak() - before)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc to read memory from")
+@pytest.mark.slow
 def test_statistics_of_50000_images_need_less_than_a_gigabyte():
     done = subprocess.run([sys.executable, "-c", MEMORY], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -102,6 +102,7 @@ def test_heads_of_different_widths_learn_as_they_would_alone(tmp_path):
 
 
 @needs_cifar10
+@pytest.mark.slow
 def test_accuracy_is_scikit_learns(tmp_path):
     """Features of 5,000 + 1,000 real images, logistic regression on the same: within one point."""
     config = load_config(ROOT / "config" / "cifar10" / "C.yaml", [
