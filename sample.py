@@ -21,39 +21,11 @@ from edm2.frechet import N_FID
 from edm2.posthoc_ema import load_denoiser
 
 BATCH = {"cuda": 512, "cpu": 64}        # Images made together: their rounding depends on it.
+PNG = "images/{:06d}.png"               # Image i of a folder.
 
 
 def main():
     """Parse the command line, load the network, write the images that are missing."""
-    args = parse_arguments()
-    config, device = load_config(args.config, args.set), distributed.init()
-    epoch = distributed.on_rank0(checkpoint.find, config, args.epoch)
-    dtype = flags.dtype(args.amp_dtype or args.use_amp)
-    variant = ("_model" * (args.weights == "model") + f"_seed{args.seed}" * (args.seed > 0)
-               + f"_steps{args.steps}" * (args.steps != 18) + f"_eta{args.eta:g}" * (args.eta > 0)
-               + "_clip" * args.clip_denoised)
-    folder = Path(args.out or features.samples_folder(config, epoch, variant, args.sigma_rel))
-    denoiser = load_denoiser(config, epoch, args.weights, args.sigma_rel, dtype)
-    denoiser = diffusion.deploy(denoiser, device, args.channels_last, args.compile)
-    asked = {name: getattr(args, name)
-             for name in ("weights", "sigma_rel", "seed", "steps", "eta", "clip_denoised")}
-    settings = {"checkpoint_sha256": files.sha256(checkpoint.path_of(config, epoch)),
-                "epoch": epoch, **asked, "precision": flags.precision(dtype),
-                **config.model_dump(include={"diffusion", "network"})}
-    with contextlib.ExitStack() as stack:
-        distributed.on_rank0(lambda: stack.enter_context(files.locked(folder)))
-        missing = distributed.on_rank0(claim, folder, settings, args.n_samples)
-        distributed.print0(f"{args.weights} weights of epoch {epoch}, seed {args.seed}: "
-                           f"{len(missing):,} of {args.n_samples:,} images to make in {folder} "
-                           f"({diffusion.processes_on(device)})")
-        write_images(denoiser, missing, args, folder)
-        distributed.barrier()
-        if distributed.rank() == 0:
-            finish(folder, args)
-
-
-def parse_arguments():
-    """The command line."""
     p = flags.parser(__doc__, network=True, sigma_rel=True)
     add, flag = p.add_argument, flags.flag
     add("--epoch", type=flag(Index), help="checkpoint (default: the newest)")
@@ -68,71 +40,78 @@ def parse_arguments():
     args = p.parse_args()
     if args.sigma_rel is not None and args.weights == "model":
         p.error("--sigma_rel is of averaged weights: leave out --weights model")
-    return args
+
+    config, device = load_config(args.config, args.set), distributed.init()
+    epoch = distributed.on_rank0(checkpoint.find, config, args.epoch)
+    dtype = flags.dtype(args.amp_dtype or args.use_amp)
+    denoiser = load_denoiser(config, epoch, args.weights, args.sigma_rel, dtype)
+    denoiser = diffusion.deploy(denoiser, device, args.channels_last, args.compile)
+    variant = ("_model" * (args.weights == "model") + f"_seed{args.seed}" * (args.seed > 0)
+               + f"_steps{args.steps}" * (args.steps != 18) + f"_eta{args.eta:g}" * (args.eta > 0)
+               + "_clip" * args.clip_denoised)
+    folder = Path(args.out or features.samples_folder(config, epoch, variant, args.sigma_rel))
+    shaping = "weights", "sigma_rel", "seed", "steps", "eta", "clip_denoised"
+    settings = {name: getattr(args, name) for name in shaping} | {
+        "checkpoint_sha256": files.sha256(checkpoint.path_of(config, epoch)), "epoch": epoch,
+        "precision": flags.precision(dtype), **config.model_dump(include={"diffusion", "network"})}
+    with contextlib.ExitStack() as stack:
+        distributed.on_rank0(lambda: stack.enter_context(files.locked(folder)))
+        missing = distributed.on_rank0(claim, folder, settings, args.n_samples)
+        distributed.print0(f"epoch {epoch}: {len(missing):,} of {args.n_samples:,} images to make "
+                           f"in {folder} ({diffusion.processes_on(device)})")
+        write_images(denoiser, missing, args, folder)
+        distributed.barrier()
+        distributed.on_rank0(finish, folder, args.n_samples, args.npz)
 
 
 def claim(folder, settings, n_samples):
     """Note in settings.json what decides what the images look like; return the numbers of those
     that are missing. Raises UserError where the folder holds others."""
     path, n_noted = folder / "settings.json", n_samples
-    if path.exists():
+    if path.exists() or any(folder.glob("images/*")):
         try:
             made = dict(json.loads(path.read_text()))
-        except (ValueError, TypeError):
-            raise UserError(f"{path} is damaged: remove {folder}") from None
+        except (OSError, ValueError, TypeError):
+            raise UserError(f"{path} is damaged or missing: remove {folder} or say --out") from None
         n_noted = max(n_samples, made.get("n_samples", 0))
-        if differences := [f"{key} {made.get(key)!r} there, {value!r} here"
-                           for key, value in settings.items() if made.get(key) != value]:
-            raise UserError(f"{folder} holds images made with other settings "
-                            f"({'; '.join(differences)}): choose another with --out, or remove it")
-    elif any(folder.glob("images/*")):
-        raise UserError(f"{folder}/images holds files, but no settings.json says how they were "
-                        f"made: choose another folder with --out")
+        if changed := [f"{key} {made.get(key)!r} there, {value!r} here"
+                       for key, value in settings.items() if made.get(key) != value]:
+            raise UserError(f"{folder} is of other settings ({'; '.join(changed)}): say --out")
     (folder / "images").mkdir(parents=True, exist_ok=True)
     files.remove_temporaries(folder)
     with files.atomic(path) as temporary:
         temporary.write_text(json.dumps(settings | {"n_samples": n_noted}, indent=1) + "\n")
-    return [i for i in range(n_samples) if not png(folder, i).exists()]
-
-
-def png(folder, i):
-    """The file of image i."""
-    return folder / "images" / f"{i:06d}.png"
+    return [i for i in range(n_samples) if not (folder / PNG.format(i)).exists()]
 
 
 def write_images(denoiser, missing, args, folder):
-    """Make images in batches, this process's among all; threads write one while the next is made.
-
-    A batch is made whole where any of it is missing; on a GPU the last one is filled up with images
-    beyond n_samples, so that torch.compile sees one shape.
-    """
-    n, missing, on_gpu = args.n_samples, set(missing), next(denoiser.parameters()).is_cuda
+    """Make this process's batches, whole ones; threads write one while the next is made. On a GPU
+    the last one goes beyond n_samples, so that torch.compile sees one shape."""
+    n, missing, written = args.n_samples, set(missing), []
+    on_gpu = next(denoiser.parameters()).is_cuda
     size = min(args.batch_gpu or BATCH["cuda" if on_gpu else "cpu"], n)
     batches = [range(i, i + size if on_gpu else min(i + size, n)) for i in range(0, n, size)]
     batches = [batch for batch in batches if not missing.isdisjoint(batch)]
     with ThreadPoolExecutor(8) as pool, distributed.progress(len(missing), "img") as bar:
-        writing = []
-        for batch in [*batches[distributed.rank()::distributed.world_size()], range(0)]:
-            if batch:
-                images = diffusion.generate(denoiser, batch, args.seed, args.steps, args.eta,
-                                            args.clip_denoised).cpu()
-            for future in writing:
-                future.result()             # A write that failed shows here.
-            writing = [pool.submit(data.save_png, images[i - batch.start], png(folder, i))
-                       for i in missing.intersection(batch)]
-            bar.update(len(writing))
+        for batch in batches[distributed.rank()::distributed.world_size()]:
+            images = diffusion.generate(denoiser, batch, args.seed, args.steps, args.eta,
+                                        args.clip_denoised).cpu()
+            bar.update(len(list(written)))          # A write that failed shows here.
+            indices = missing.intersection(batch)
+            written = pool.map(data.save_png, [images[i - batch.start] for i in indices],
+                               [folder / PNG.format(i) for i in indices])
+        bar.update(len(list(written)))
 
 
-def finish(folder, args):
-    """Write grid.png and, where asked for, samples.npz from the PNGs, and say where all is."""
-    paths = [png(folder, i) for i in range(args.n_samples if args.npz else min(args.n_samples, 64))]
+def finish(folder, n_samples, npz):
+    """Write grid.png and, if asked for, samples.npz from the PNGs, and say where all is."""
+    paths = [folder / PNG.format(i) for i in range(n_samples if npz else min(n_samples, 64))]
     images = np.stack([data.decode_image(path, None, "remove it, start again") for path in paths])
     data.save_png(data.grid(torch.from_numpy(images[:64]), 8), folder / "grid.png")
-    if args.npz:
+    if npz:
         with files.atomic(folder / "samples.npz") as temporary, open(temporary, "wb") as file:
             np.savez(file, images.transpose(0, 2, 3, 1))
-    print(f"images: {folder / 'images'}  grid: {folder / 'grid.png'}"
-          + f"  npz: {folder / 'samples.npz'}" * args.npz)
+    print(f"images: {folder}/images  grid: {folder}/grid.png" + f"  {folder}/samples.npz" * npz)
 
 
 if __name__ == "__main__":

@@ -74,8 +74,7 @@ def train(config, args, images, device, evaluator, signals):
 
         # Learning rate (EDM2 Eq. 67).
         lr = learning_rate(config, step, run.steps_per_epoch)
-        for group in run.optimizer.param_groups:
-            group["lr"] = lr
+        run.optimizer.param_groups[0]["lr"] = lr
 
         # Gradient of the loss, summed over the pixels and averaged over the total batch.
         run.denoiser.train()
@@ -115,10 +114,9 @@ def train(config, args, images, device, evaluator, signals):
 
 def learning_rate(config, step, steps_per_epoch):
     """lrate, warmed up linearly over warm_epoch, then divided by √max(t/t_ref, 1) (EDM2 Eq. 67)."""
-    lr = config.lrate * min((step + 1) / max(config.warm_epoch * steps_per_epoch, 1), 1)
-    if config.tref_epoch:
-        lr /= math.sqrt(max(step / (config.tref_epoch * steps_per_epoch), 1))
-    return lr
+    warm_up = min((step + 1) / max(config.warm_epoch * steps_per_epoch, 1), 1)
+    t_ref = (config.tref_epoch or math.inf) * steps_per_epoch
+    return config.lrate * warm_up / math.sqrt(max(step / t_ref, 1))
 
 
 def end_epoch(run, images, evaluator, log, signals):
@@ -168,9 +166,8 @@ class Run:
         self.averages = Averages(self.denoiser, config)
         self.optimizer = getattr(torch.optim, config.optim)(
             self.denoiser.parameters(), lr=config.lrate, fused=True,
-            **{name: value for name, value in config.optim_args if value is not None})
-        self.scaler = torch.amp.GradScaler(device.type, init_scale=64.0,
-                                           enabled=amp_dtype == torch.float16)
+            **config.optim_args.model_dump(exclude_none=True))
+        self.scaler = torch.amp.GradScaler(device.type, 64.0, enabled=amp_dtype == torch.float16)
 
     def count_step(self, grad_norm):
         """One step more. NaN and Inf gradients are counted; a count of MAX_BAD_STEPS stays."""
@@ -230,9 +227,9 @@ class Run:
         self.averages.restore(state)
         self.optimizer.load_state_dict(state["optimizer"])
         for p, moments in self.optimizer.state.items():         # In the memory layout of this run.
-            moments.update({name: torch.empty_like(p).copy_(x) for name, x in moments.items()
-                            if x.shape == p.shape and p.ndim > 0})
-        if self.scaler.is_enabled() and state["scaler"]:
+            for name in ("exp_avg", "exp_avg_sq"):
+                moments[name] = torch.empty_like(p).copy_(moments[name])
+        if state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
         self.step, self.window = state["step"], state["window"]
         self.bad_steps.fill_(state["bad_steps"])

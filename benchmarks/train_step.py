@@ -353,7 +353,7 @@ def shares(name, overrides, amp_dtype):
         setattr(owner, name, call)
 
     for key, owner, name_of in (
-            ("data", train, "draw"), ("data", data, "batch"), ("ema", train.Averages, "update"),
+            ("data", data, "draw"), ("data", data, "batch"), ("ema", train.Averages, "update"),
             ("optimizer", torch.amp.GradScaler, "step"), ("figures", train.Run, "figures"),
             ("figures", diffusion.Throughput, "read"), ("figures", log.Log, "write"),
             ("dynamics", dynamics.Recorder, "before_update"),

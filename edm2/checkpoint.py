@@ -52,8 +52,7 @@ def find(config, epoch=None):
     if epoch not in found and epoch == config.n_epoch:
         epoch -= 1
     if epoch not in found:
-        raise UserError(f"no checkpoint of epoch {epoch} in {folder}; there are "
-                        f"{', '.join(map(str, found))}")
+        raise UserError(f"no checkpoint of epoch {epoch} in {folder}, only of {found}")
     return epoch
 
 
@@ -142,9 +141,9 @@ def check_same(config, saved, keys):
                         [(prefix + key, value)])
 
     here, there = dict(flat(config.model_dump())), dict(flat(saved))
-    names = [name for name in here | there if name.startswith(tuple(keys))]
     differences = [f"{name} {there.get(name)!r} there, {here.get(name)!r} here"
-                   for name in names if here.get(name) != there.get(name)]
+                   for name in here | there
+                   if name.startswith(tuple(keys)) and here.get(name) != there.get(name)]
     if differences:
         raise UserError(f"{config.save_dir} holds a run of another config "
                         f"({'; '.join(differences)}): use its config, or another save_dir")

@@ -39,11 +39,11 @@ class Recorder:
         self.denoiser, self.config, self.total_steps = denoiser, config, total_steps
         every, device = config.dynamics_every, next(denoiser.parameters()).device
         self.every = default_every(total_steps) if every is None else every
-        self.groups = block_groups(denoiser.net, *images.shape[2:])
-        self.blocks = {name: denoiser.net.get_submodule(name)
-                       for name in self.groups if "." in name}
+        net = denoiser.net
+        self.groups = block_groups(net, *images.shape[2:])
+        self.blocks = {name: net.get_submodule(name) for name in self.groups if "." in name}
         self.weights = {name.removesuffix(".weight"): p
-                        for name, p in denoiser.net.named_parameters() if p.ndim > 1}
+                        for name, p in net.named_parameters() if p.ndim > 1}
         g = torch.Generator().manual_seed(derive_seed(0, N_IMAGES))
         index = torch.linspace(0, len(images) - 1, N_IMAGES).long()
         y = to_float(images[index.to(images.device)].to(device))
@@ -52,28 +52,25 @@ class Recorder:
         noise = torch.randn(y.shape, generator=g).to(device)
         self.noisy = y + self.sigma[:, None, None, None] * noise
 
-    def is_due(self, step):
-        """Whether a step, counted from 0, is recorded: the first, every so many, and the last."""
-        due = self.every > 0 and (step % self.every == 0 or step == self.total_steps - 1)
-        return due and rank() == 0
-
     @torch.no_grad()
     def before_update(self, step):
-        """Between the backward pass and the optimizer of a step, where it is recorded."""
-        if not self.is_due(step):
-            return
-        weights = list(self.weights.values())
-        self.norms = {"activation": self.activations(), "weight": torch._foreach_norm(weights),
-                      "gradient": torch._foreach_norm([p.grad for p in weights])}
-        self.before = [p.clone() for p in weights]
+        """Between the backward pass and the optimizer of a step, counted from 0; of those recorded
+        (the first, every so many, the last) keep what the update will change."""
+        due = self.every > 0 and (step % self.every == 0 or step == self.total_steps - 1)
+        self.norms = None
+        if due and rank() == 0:
+            weights = list(self.weights.values())
+            self.norms = {"activation": self.activations(), "weight": torch._foreach_norm(weights),
+                          "gradient": torch._foreach_norm([p.grad for p in weights])}
+            self.before = [p.clone() for p in weights]
 
     @torch.no_grad()
     def after_update(self, step):
         """After it: a record, its file's name and TensorBoard's tags, for Log.write, or None."""
-        if not self.is_due(step):
+        if self.norms is None:
             return None
-        weights = list(self.weights.values())
-        self.norms["update"] = torch._foreach_norm(torch._foreach_sub(weights, self.before))
+        updates = torch._foreach_sub(list(self.weights.values()), self.before)
+        self.norms["update"], self.before = torch._foreach_norm(updates), None
         norms = [norm.float() for norms in self.norms.values() for norm in norms]
         numbers = iter(torch.stack(norms).tolist())         # All from the device at once.
         rms = {"activation": {name: next(numbers) for name in self.blocks}}
@@ -81,7 +78,6 @@ class Recorder:
             rms[kind] = {name: next(numbers) / p.numel() ** 0.5 for name, p in self.weights.items()}
         for name, weight in rms["weight"].items():
             rms["update"][name] = rms["update"][name] / weight if weight else math.nan
-        self.before = self.norms = None
         record, tags = {"dataset": self.config.dataset, "net_type": self.config.net_type,
                         "Mimg": (step + 1) * self.config.batch_size / 1e6}, {}
         for kind, values in rms.items():
@@ -100,12 +96,10 @@ class Recorder:
             lambda block, inputs, x: found.append(x.float().square().mean().sqrt()))
             for block in self.blocks.values()]
         self.denoiser.eval()                # Here E and G leave the stored weights as they are.
-        try:
-            self.denoiser.denoise(self.noisy, self.sigma)   # Not compiled: only EDM.forward is.
-        finally:
-            self.denoiser.train()
-            for hook in hooks:
-                hook.remove()
+        self.denoiser.denoise(self.noisy, self.sigma)       # Not compiled: only EDM.forward is.
+        self.denoiser.train()
+        for hook in hooks:
+            hook.remove()
         return found
 
     def group(self, name):

@@ -2,9 +2,8 @@
 
 For the latter power-function averages of two lengths or more are tracked in training and kept now
 and then; another length is put together from what was kept. A length is its sigma_rel, the standard
-deviation of its profile relative to the training so far. Of ema_pytorch.PostHocEMA the averages are
-used, not the files and the reconstruction: they hold counters and Fourier features in half
-precision, and take an update's number for the time of its profile, which is one more.
+deviation of its profile relative to the training so far. Not with ema_pytorch.PostHocEMA: its files
+hold counters in half precision, and it takes an update's number for the time, which is one more.
 """
 
 from pathlib import Path
@@ -24,52 +23,48 @@ class Averages:
     asks for them, those of posthoc_ema.sigma_rels. Each takes memory like a network."""
 
     def __init__(self, denoiser, config):
-        from ema_pytorch import EMA, PostHocEMA
-        self.config, self.posthoc = config, None
+        from ema_pytorch import EMA
+        from ema_pytorch.post_hoc_ema import KarrasEMA
+        self.config = config
         # Its counters stay on the CPU, so that no step waits for them.
         self.ema = EMA(denoiser.net, beta=config.ema, update_after_step=0, update_every=1,
                        include_online_model=False, use_foreach=True)
         self.ema.ema_model.eval()
         self.denoiser = diffusion.EDM(self.ema.ema_model, denoiser.uncertainty, config.diffusion,
                                       config.network.image_shape, denoiser.amp_dtype)
-        if config.posthoc_ema.sigma_rels:
-            self.posthoc = PostHocEMA(
-                denoiser.net, sigma_rels=tuple(config.posthoc_ema.sigma_rels), update_every=1,
-                checkpoint_every_num_steps="manual", checkpoint_folder=f"{config.save_dir}/ema")
-            self.posthoc.requires_grad_(False).eval()
+        self.posthoc = [KarrasEMA(denoiser.net, sigma_rel=length, update_every=1)
+                        for length in config.posthoc_ema.sigma_rels]
 
     def update(self):
         """Follow the network by one step."""
-        self.ema.update()
-        if self.posthoc:
-            self.posthoc.update()
+        for average in (self.ema, *self.posthoc):
+            average.update()
 
     def state(self):
         """What a checkpoint holds of them."""
-        p, state = self.posthoc, {"ema": self.ema.ema_model.state_dict(),
-                                  "ema_step": self.ema.step.item(), "posthoc": {}}
-        return state | ({"posthoc": {
-            "updates": p.step.item(), "gammas": list(p.gammas),
-            "parameters": [name for name, _ in p.model.named_parameters()],
-            "averages": [average.ema_model.state_dict() for average in p.ema_models]}} if p else {})
+        model, step = self.ema.ema_model, self.ema.step.item()
+        state = {"ema": model.state_dict(), "ema_step": step, "posthoc": {}}
+        if self.posthoc:
+            state["posthoc"] = {
+                "updates": step, "gammas": [average.gamma for average in self.posthoc],
+                "parameters": [name for name, _ in model.named_parameters()],
+                "averages": [average.ema_model.state_dict() for average in self.posthoc]}
+        return state
 
     def restore(self, saved):
         """Take over what state() gave."""
-        found, posthoc = [(self.ema, saved["ema"], saved["ema_step"])], saved["posthoc"]
-        if self.posthoc:
-            found += [(average, weights, posthoc["updates"]) for average, weights in zip(
-                self.posthoc.ema_models, posthoc["averages"], strict=True)]
-        for average, weights, step in found:
-            checkpoint.restore(average.ema_model, weights)
-            average.step.fill_(step)
-            average.initted.fill_(step > 0)
+        weights = [saved["ema"], *saved["posthoc"].get("averages", [])]
+        for average, state_dict in zip([self.ema, *self.posthoc], weights, strict=True):
+            checkpoint.restore(average.ema_model, state_dict)
+            average.step.fill_(saved["ema_step"])
+            average.initted.fill_(saved["ema_step"] > 0)
 
     def keep(self, step, total_steps):
         """In rank 0, now and then, write a snapshot of the post-hoc ones: save_dir/ema/*.pth."""
         every = max(1, total_steps // self.config.posthoc_ema.snapshots)
         if self.posthoc and rank() == 0 and step % every == 0:
-            checkpoint.save(Path(self.config.save_dir) / "ema" / f"{step}.pth",
-                            snapshot(self.state()["posthoc"], step))
+            path = Path(self.config.save_dir) / "ema" / f"{step}.pth"
+            checkpoint.save(path, snapshot(self.state()["posthoc"], step))
 
 
 def snapshot(posthoc, step):
@@ -85,10 +80,9 @@ def load_denoiser(config, epoch, weights="ema", sigma_rel=None, amp_dtype=None):
     state = checkpoint.load(checkpoint.path_of(config, epoch))
     checkpoint.check_same(config, state["config"], checkpoint.NETWORK)
     denoiser = diffusion.build(config, amp_dtype)
-    averaged = state["ema" if weights == "ema" else "network"]
-    if sigma_rel is not None:
-        averaged = reconstruct(state, load_snapshots(config), sigma_rel)
-    checkpoint.restore(denoiser.net, averaged)
+    found = (state["ema" if weights == "ema" else "network"] if sigma_rel is None else
+             reconstruct(state, load_snapshots(config), sigma_rel))
+    checkpoint.restore(denoiser.net, found)
     return denoiser.eval().requires_grad_(False)
 
 
@@ -123,24 +117,22 @@ def reconstruct(saved, kept, sigma_rel):
     """The network's state dict with an average of length sigma_rel at the checkpoint `saved`, from
     the snapshots `kept` before it. Raises UserError where that length cannot be put together."""
     from ema_pytorch.post_hoc_ema import sigma_rel_to_gamma
-    own, config, parts = saved["posthoc"], saved["config"], []
+    own, parts = saved["posthoc"], []
     if not own:
-        raise UserError(f"{config['save_dir']} was trained without posthoc_ema.sigma_rels")
+        raise UserError(f"{saved['config']['save_dir']} was trained without posthoc_ema.sigma_rels")
     for part in kept:
         if any(part[key] != own[key] for key in ("gammas", "parameters")):
             warn(f"the snapshot of step {part['step']} is of another run: left out")
         elif part["step"] < saved["step"]:
             parts.append(part)
-    parts, gammas = [*parts, own], own["gammas"]
-    times = [part["updates"] + 1 for part in parts for _ in gammas]
-    x, error = coefficients(times, gammas * len(parts), times[-1], sigma_rel_to_gamma(sigma_rel))
+    parts.append(own)
+    times = [part["updates"] + 1 for part in parts for _ in own["gammas"]]
+    gammas, gamma = own["gammas"] * len(parts), sigma_rel_to_gamma(sigma_rel)
+    x, error = coefficients(times, gammas, times[-1], gamma)
     if error > WORST:
-        raise UserError(f"--sigma_rel {sigma_rel:g} cannot be reconstructed from "
-                        f"{config['posthoc_ema']['sigma_rels']} and the {len(parts) - 1} snapshots "
-                        f"before this checkpoint: choose a closer length, or a later epoch")
-    total = {name: torch.zeros_like(own["averages"][0][name]) for name in own["parameters"]}
-    for part, row in zip(parts, x.reshape(-1, len(gammas)).tolist(), strict=True):
-        for weights, factor in zip(part["averages"], row, strict=True):
-            for name in total:
-                total[name] += factor * weights[name].float()
+        raise UserError(f"--sigma_rel {sigma_rel:g} cannot be reconstructed from the "
+                        f"{len(parts) - 1} snapshots before: choose a closer one, or a later epoch")
+    averages = [weights for part in parts for weights in part["averages"]]
+    total = {name: sum(factor * weights[name].float() for factor, weights in zip(
+        x.tolist(), averages, strict=True)) for name in own["parameters"]}
     return own["averages"][0] | total                       # Fourier features never change.

@@ -17,6 +17,7 @@ from importlib import metadata
 from pathlib import Path
 
 from edm2 import dynamics
+from edm2.diffusion import device_name
 from edm2.errors import UserError, command, warn
 from edm2.files import atomic
 from edm2.frechet import N_FID
@@ -64,13 +65,9 @@ def main():
 
 
 def record(config, results, device):
-    """Append results to save_dir/results.jsonl, and show them in TensorBoard at their epochs.
-
-    results: (TensorBoard's name, {figure, value, epoch, n_reference, ...}) each.
-    """
-    from torch.utils.tensorboard import SummaryWriter
-
-    from edm2.diffusion import device_name
+    """Append results, (TensorBoard's name, {figure, value, epoch, n_reference, ...}) each, to
+    save_dir/results.jsonl, and show them in TensorBoard at their epochs."""
+    from torch.utils.tensorboard import SummaryWriter  # Slow to import.
     common = {"dataset": config.dataset, "net_type": config.net_type,
               "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
               "versions": {name: metadata.version(name)
@@ -92,8 +89,7 @@ def scored(folder):
     """The runs in or below a folder. Raises UserError where there are none."""
     found = sorted(str(path.parent) for path in Path(folder).rglob("results.jsonl"))
     if not found:
-        raise UserError(f"no results.jsonl in or below {folder}: score a run with fid.py or "
-                        f"probe.py, or name its save_dir")
+        raise UserError(f"no results.jsonl in or below {folder}: use fid.py or probe.py first")
     return found
 
 
@@ -127,11 +123,9 @@ def is_distance(metric):
 
 
 def curve(lines, metric):
-    """The lines of a metric that compare, the best of each epoch by rising epoch, and a remark.
-
-    They are of one n (50,000 or more count as one) or, of the probe, of one timestep and block: the
-    one with the most epochs; among equals the largest n, or the best accuracy.
-    """
+    """The lines of a metric that compare, the best of each epoch by rising epoch, and a remark: of
+    one n (50,000 or more count as one) or, of the probe, of one timestep and block: the one with
+    the most epochs; among equals the largest n, or the best accuracy."""
     groups, less = {}, is_distance(metric)
     for line in sorted(lines, key=lambda line: line["value"], reverse=less):    # The best last.
         if line["figure"] == metric:
@@ -153,23 +147,21 @@ def curve(lines, metric):
 def table(results, metrics):
     """Markdown: a row per data set, a column per metric and config, the best value @ its epoch. A
     second run of a data set and config has a row of its own; rows then name their folders."""
-    rows = []                               # (data set, {config: run})
+    rows, seen = {}, []     # {(data set, how many runs of its config were before): {config: run}}
     for run, lines in results.items():
         dataset, config = lines[-1]["dataset"], lines[-1]["config"]
-        row = next((runs for name, runs in rows if name == dataset and config not in runs), None)
-        if row is None:
-            rows.append((dataset, row := {}))
-        row[config] = run
-    configs = sorted({config for _, runs in rows for config in runs})
+        rows.setdefault((dataset, seen.count((dataset, config))), {})[config] = run
+        seen.append((dataset, config))
+    configs = sorted({config for _, config in seen})
     columns = [(metric, config) for metric in metrics for config in configs]
     text = ["| | " + " | ".join(f"{metric} {config}" for metric, config in columns) + " |",
             "|---" * (len(columns) + 1) + "|"]
-    for dataset, runs in rows:
+    for (dataset, _), runs in rows.items():
         cells = [NAMES.get(dataset, dataset)]
-        if sum(name == dataset for name, _ in rows) > 1:
+        if (dataset, 1) in rows:
             cells[0] += f" ({', '.join(runs.values())})"
         for metric, config in columns:
-            found, remark = curve(results[runs[config]], metric) if config in runs else ([], "")
+            found, remark = curve(results.get(runs.get(config), []), metric)
             best = (min if is_distance(metric) else max)(
                 found, key=lambda line: line["value"], default=None)
             cells.append(f"{best['value']:.2f} @ {best['epoch']}{remark}" if best else "-")
@@ -201,7 +193,7 @@ def by_length(run, name):
             curves.setdefault(f"epoch {line['epoch']}", []).append((length, line["value"]))
     if not kinds or name not in (None, *kinds):
         raise UserError(f"{run} holds no such score by EMA length, only {', '.join(kinds) or '-'}: "
-                        f"make some with sample.py and fid.py, or probe.py, --sigma_rel 0.05, ...")
+                        f"make some with fid.py or probe.py --sigma_rel 0.05, ...")
     best = [max(found.items(), key=lambda item: sum(map(len, item[1].values())))
             for metric, found in kinds.items() if name in (None, metric)]
     return {titled(kind): curves for kind, curves in best}
@@ -224,8 +216,7 @@ def draw(rows, x_label, log=False):
         for axes, (title, curves) in zip(panels, titles.items(), strict=True):
             for i, (label, points) in enumerate(curves.items()):
                 style = {"decoder": "--", "embedding": ":"}.get(label.partition(" ")[0], "-")
-                points = sorted(point for point in points if point[1] or not log)
-                if points:
+                if points := sorted(point for point in points if point[1] or not log):
                     axes.plot(*zip(*points, strict=True), style, color=f"C{i}", label=label,
                               marker="." * (len(points) < 30))
             axes.set(title=title, xlabel=x_label, ylabel=y_label, yscale="log" if log else "linear")

@@ -324,7 +324,7 @@ def test_no_images_of_a_checkpoint(sampled, tmp_path):
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
     command = done.stderr.partition("with: ")[2].split()
     assert " ".join(command) == " ".join(map(str, (
-        "python sample.py", *flags[:2], "--epoch 3 --seed 2", *flags[2:], "--n_samples 2")))
+        "python sample.py", *flags[:2], "--epoch 3 --seed 2 --n_samples 2", *flags[2:])))
     succeed(*command[1:])
     assert "3 seeds" in succeed("fid.py", *args, "--repeat", 3, "--n_samples", 2)
     refused(*args, "--n_samples", 40, words=["30 images", "000030.png", "--n_samples 40"])

@@ -64,7 +64,7 @@ def test_100000_updates(tmp_path):
     direct, kept = KarrasEMA(net, sigma_rel=0.075, update_every=1), []
     for step in range(1, total + 1):
         net.weight.data = target[(step - 1) // 1000] + 0.1 * torch.sin(torch.tensor(step / 50))
-        averages.posthoc.update()
+        averages.update()
         direct.update()
         if step % (total // 64) == 0:
             kept.append(posthoc_ema.snapshot(averages.state()["posthoc"], step))
