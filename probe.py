@@ -2,13 +2,11 @@
 
 The config's timestep and block:  python probe.py --config config/cifar10/C.yaml --epoch 500,1000
 Every timestep and block:         python probe.py --config config/cifar10/C.yaml --epoch all --grid
-Some:  python probe.py --config config/cifar10/C.yaml --timesteps 3-5 --blocks out_5,out_6
 Several GPUs:                     torchrun --nproc_per_node=4 probe.py --config config/digits/G.yaml
 Accuracies are appended to save_dir/results.jsonl; a grid is also drawn: save_dir/probe_<epoch>.png.
 """
 
 import time
-from pathlib import Path
 
 import numpy as np
 
@@ -54,59 +52,52 @@ def main():
         table = np.array([probe.accuracies(timestep, blocks) for timestep in timesteps])
         if distributed.rank() == 0:
             report(config, table, timesteps, widths, device, {
-                "n": len(test[0]), "n_reference": len(train[0]), "seeds": [args.seed],
-                "epoch": epoch, "passes": args.passes, "linear": config.linear.model_dump(),
+                "figure": "probe", "n": len(test[0]), "n_reference": len(train[0]), "epoch": epoch,
+                "seeds": [args.seed], "passes": args.passes, "linear": config.linear.model_dump(),
                 "weights": "ema", "sigma_rel": args.sigma_rel, "precision": flags.precision(dtype),
                 "seconds": round(time.perf_counter() - start, 2)})
 
 
 def report(config, table, timesteps, widths, device, common):
-    """Print the accuracies (timesteps, blocks), append them to results.jsonl; of several also a
-    table and a heat map, the best named."""
+    """Print accuracies (timesteps, blocks), append them to results.jsonl, draw several as a map."""
     epoch, length, n = common["epoch"], common["sigma_rel"], f"{common['n']:,} test images"
     suffix = f" sigma_rel={length:g}" if length else ""
     pairs = [(t, linear_probe.sigma_of(config, t), block) for t in timesteps for block in widths]
     results.record(config, [
-        (f"probe t={t} {block}{suffix} (%)", {
-            "figure": "probe", "value": value, "features": block, "timestep": t, "sigma": sigma,
-            "width": widths[block], **common})
+        (f"probe t={t} {block}{suffix} (%)", common | {
+            "value": value, "timestep": t, "sigma": sigma, "features": block,
+            "width": widths[block]})
         for (t, sigma, block), value in zip(pairs, table.flatten().tolist(), strict=True)], device)
     if table.size > 1:
         print("| block | " + " | ".join(f"t={t}" for t in timesteps) + " |\n"
               + "|---" * (len(timesteps) + 1) + "|")
         for block, values in zip(widths, table.T, strict=True):
             print(f"| {block} | " + " | ".join(f"{value:.2f}" for value in values) + " |")
-        path = Path(config.save_dir) / f"probe_{epoch}{suffix and f'_sigma_rel{length:g}'}.png"
-        title = (f"Linear probe: {config.dataset}, Config {config.net_type[-1]}, epoch {epoch}\n{n}, "
-                 f"{common['passes']} passes, seed {common['seeds'][0]}; the best framed")
-        levels = [f"{t}\n{linear_probe.sigma_of(config, t):.3g}" for t in timesteps]
-        heat_map(path, table.T, levels, list(widths), title)
+        path = f"{config.save_dir}/probe_{epoch}{suffix and f'_sigma_rel{length:g}'}.png"
+        figure = heat_map(table.T, [f"{t}\n{sigma:.3g}" for t, sigma, _ in pairs[::len(widths)]],
+                          list(widths), f"{config.dataset}, {config.net_type}, epoch {epoch}, {n}")
+        with atomic(path) as temporary:
+            figure.savefig(temporary, format="png")
         print(f"heat map: {path}")
     t, sigma, block = pairs[table.argmax()]
     print(f"{'best ' * (table.size > 1)}probe accuracy {table.max():.2f} %: epoch {epoch}, t={t} "
           f"(sigma {sigma:.4g}), {block} ({widths[block]} features){suffix}, {n}")
 
 
-def heat_map(path, accuracies, levels, blocks, title):
-    """Draw accuracies (blocks, levels) in per cent as a PNG, the best framed."""
+def heat_map(accuracies, levels, blocks, title):
+    """A matplotlib Figure of accuracies (blocks, levels) in per cent, the best framed."""
     from matplotlib.figure import Figure  # Slow to import: only where it is used.
-    from matplotlib.patches import Rectangle
     size = 2.4 + 0.75 * len(levels), 1.8 + 0.38 * len(blocks)
-    figure = Figure(figsize=size, layout="constrained", dpi=150)
-    axes = figure.subplots()
-    image = axes.imshow(accuracies, aspect="auto", cmap="viridis")
+    axes = Figure(size, layout="constrained", dpi=150).subplots()
+    axes.imshow(accuracies, aspect="auto", alpha=0.6)
     for (row, column), value in np.ndenumerate(accuracies):
         axes.text(column, row, f"{value:.1f}", ha="center", va="center", fontsize=8,
-                  color="black" if value > sum(image.get_clim()) / 2 else "white")
-    row, column = np.unravel_index(accuracies.argmax(), accuracies.shape)
-    axes.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, edgecolor="red", lw=2))
+                  bbox={"fill": False, "ec": "red"} if value == accuracies.max() else None)
     axes.set_xticks(range(len(levels)), levels, fontsize=8)
     axes.set_yticks(range(len(blocks)), blocks, fontsize=8)
     axes.set(xlabel="timestep, and its noise level sigma", ylabel="decoder block")
-    axes.set_title(title, fontsize=10)
-    figure.colorbar(image, label="test accuracy (%)")
-    with atomic(path) as temporary:
-        figure.savefig(temporary, format="png")
+    axes.set_title(f"Linear probe, test accuracy (%)\n{title}", fontsize=10)
+    return axes.figure
 
 
 if __name__ == "__main__":
