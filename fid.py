@@ -38,7 +38,7 @@ def main():
             (set(args.metrics) - set(frechet.METRICS), f"--metrics {args.metrics}: not known"),
             ("is" in args.metrics and args.features != "inception", "is: of --features inception"),
             (args.images and which, "--images says which: no --epoch, --repeat, --sigma_rel"),
-            (args.weights and args.features == "pixels", "--features pixels has no weights"),
+            (args.weights and args.features != "inception", "--weights: of --features inception"),
             (args.paths and (args.set or args.images or which), "what is of a run needs --config")):
         if wrong:
             p.error(message)
@@ -49,8 +49,7 @@ def main():
     pair = [frechet.open_set(path, args.n_samples) for path in args.paths]
     extractor = None
     if config or not all(isinstance(one, frechet.Statistics) for one in pair):
-        extractor = features.Extractor(args.features, device, args.weights, args.weights_sha256,
-                                       logits="is" in args.metrics)
+        extractor = features.Extractor(args.features, device, args.weights, args.weights_sha256)
     if config:
         score_run(config, args, sets, extractor)
     else:
@@ -84,7 +83,7 @@ def score_run(config, args, sets, extractor):
     for epoch, folders in sets.items():
         start, scores, lines = time.perf_counter(), [], []
         for folder in folders:
-            samples = features.open_images(folder, args.n_samples or frechet.N_FID)
+            samples = frechet.open_set(folder, args.n_samples or frechet.N_FID)
             samples = frechet.compute(samples, extractor, args.batch_gpu, bool(args.metrics))
             scores.append(score(samples, reference, extractor, args.metrics, f"epoch {epoch}, "))
         if distributed.rank() > 0:
@@ -134,9 +133,9 @@ def find_sets(config, args):
             checkpoint.check_same(config, checkpoint.load(path)["config"], checkpoint.NETWORK)
             if settings.get("checkpoint_sha256") != files.sha256(path):
                 raise UserError(f"{folder} is of another checkpoint: remove it, then {make}")
-            names = {file.name for file in features.image_files(f"{folder}/images")}
-            if missing := sorted({f"{i:06d}.png" for i in range(n)} - names):
-                raise UserError(f"{folder} holds {len(names):,} images, not {missing[0]}: {make}")
+            names = (f"images/{i:06d}.png" for i in range(n))
+            if missing := [name for name in names if not Path(folder, name).exists()]:
+                raise UserError(f"{folder} lacks {len(missing):,} images, {missing[0]}: {make}")
             sets.setdefault(epoch, {})[str(folder)] = settings
     return sets
 

@@ -64,9 +64,8 @@ def report(config, table, timesteps, widths, device, common):
     suffix = f" sigma_rel={length:g}" if length else ""
     pairs = [(t, linear_probe.sigma_of(config, t), block) for t in timesteps for block in widths]
     results.record(config, [
-        (f"probe t={t} {block}{suffix} (%)", common | {
-            "value": value, "timestep": t, "sigma": sigma, "features": block,
-            "width": widths[block]})
+        (f"probe t={t} {block}{suffix} (%)", common | {"value": value, "timestep": t,
+            "sigma": sigma, "features": block, "width": widths[block]})
         for (t, sigma, block), value in zip(pairs, table.flatten().tolist(), strict=True)], device)
     if table.size > 1:
         print("| block | " + " | ".join(f"t={t}" for t in timesteps) + " |\n"

@@ -98,7 +98,7 @@ def random_weights():
 def ours(folder, weights):
     """fid.py's statistics, features kept."""
     extractor = features.Extractor("inception", distributed.init(), weights, files.sha256(weights))
-    return lambda: frechet.compute(features.open_images(folder), extractor,
+    return lambda: frechet.compute(frechet.open_set(folder), extractor,
                                    keep=True).features.mean().item()
 
 

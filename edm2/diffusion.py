@@ -1,10 +1,10 @@
 """EDM preconditioning, uncertainty-weighted loss and Heun sampler: what Configs C, E and G share.
 
 Sources: EDM (arXiv 2206.00364, Table 1 and Alg. 2), EDM2 (arXiv 2312.02696, Eq. 14-21).
-Pixels are in [-1,1].
 """
 
 import math
+import re
 import time
 from contextlib import nullcontext
 from itertools import pairwise
@@ -30,8 +30,7 @@ class EDM(nn.Module):
     """Denoiser D(x; sigma) and its training loss around a raw network F(x; c_noise).
 
     net: F, (B,C,H,W) and c_noise (B,) to (B,C,H,W). uncertainty: u, c_noise (B,) to (B,1), for the
-    loss alone. diffusion: a config's section. image_shape: (C,H,W). amp_dtype: of F; None: fp32.
-    """
+    loss alone. diffusion: a config's section. image_shape: (C,H,W). amp_dtype: of F; None: fp32."""
 
     def __init__(self, net, uncertainty, diffusion, image_shape, amp_dtype=None):
         super().__init__()
@@ -39,9 +38,8 @@ class EDM(nn.Module):
         self.diffusion, self.image_shape, self.amp_dtype = diffusion, tuple(image_shape), amp_dtype
 
     def denoise(self, x, sigma, return_features=False):
-        """D(x; sigma) in fp32 (EDM Eq. 7, Table 1), x (B,C,H,W), sigma (B,); with return_features
-        also {"out_1": (B,C',H',W'), ...}, of the decoder blocks; with a block's name the network
-        ends there and D is None."""
+        """D(x; sigma) in fp32 (EDM Eq. 7), x (B,C,H,W), sigma (B,); with return_features also the
+        decoder blocks' {"out_1": (B,C',H',W'), ...}; after a block's name, the last, D is None."""
         x, sigma = x.float(), sigma.float()
         s, s_d = sigma[:, None, None, None], self.diffusion.sigma_data
         c_skip = s_d ** 2 / (s ** 2 + s_d ** 2)
@@ -55,13 +53,13 @@ class EDM(nn.Module):
         return (D_x, features) if return_features else D_x
 
     def forward(self, y, level, noise):
-        """Training loss of images y (B,C,H,W), given level (B,) and noise (B,C,H,W) ~ N(0,1): each
-        image's mean per pixel (B,), weighted by uncertainty, and the EDM loss λ·(D-y)² itself."""
+        """Training loss of images y (B,C,H,W) in [-1,1], given level (B,) and noise (B,C,H,W), both
+        ~ N(0,1): loss/e^u + u (EDM2 Eq. 17-21), (B,), and the loss itself, (B,)."""
         sigma = (self.diffusion.p_mean + self.diffusion.p_std * level).exp()
         D_x = self.denoise(y + sigma[:, None, None, None] * noise, sigma)
         u = self.uncertainty(sigma.log() / 4)[:, 0]
         unweighted = edm_loss(D_x, y, sigma, self.diffusion.sigma_data)
-        return uncertainty_loss(unweighted, u), unweighted
+        return unweighted / u.exp() + u, unweighted     # Least where e^u is the expected loss.
 
 
 def edm_loss(D_x, y, sigma, sigma_data):
@@ -70,13 +68,8 @@ def edm_loss(D_x, y, sigma, sigma_data):
     return weight * (D_x - y).square().mean(dim=(1, 2, 3))
 
 
-def uncertainty_loss(unweighted, u):
-    """loss/e^u + u (EDM2 Eq. 17-21), (B,): least where e^u is the expected loss at that level."""
-    return unweighted / u.exp() + u
-
-
 def build(config, amp_dtype=None):
-    """An EDM from a Config. Raises UserError for widths that the network's layers cannot divide."""
+    """An EDM from a Config. UserError: widths that the network's layers cannot divide."""
     UNet, block = NETWORKS[config.net_type]
     try:
         net = UNet(**config.network.model_dump())
@@ -88,24 +81,19 @@ def build(config, amp_dtype=None):
 
 def deploy(denoiser, device, channels_last=True, compiled=None):
     """Bring an EDM for sampling or features to a device; compiled None: torch.compile on CUDA."""
-    denoiser.to(device)
-    if channels_last:
-        denoiser.to(memory_format=torch.channels_last)
-    if compiled if compiled is not None else device.type == "cuda":
+    denoiser.to(device, memory_format=torch.channels_last if channels_last else None)
+    if compiled or (compiled is None and device.type == "cuda"):
         denoiser.net.compile()
     return denoiser
 
 
 def cost(config):
     """Trainable parameters of the network, and GFLOP of one training image: two for each product of
-    convolutions, linear layers and attention in the forward pass, four in the backward pass.
-    Allocates nothing. Raises UserError as build does."""
+    convolutions, linear layers and attention, four in the backward pass. Allocates nothing."""
     with torch.device("meta"):
         denoiser = build(config)
-    net = denoiser.net
-    _, H, W = config.network.image_shape
-    pixels = H * W
-    # No gradient of the images is needed.
+    net, pixels = denoiser.net, math.prod(denoiser.image_shape[1:])
+    # The images need no gradient.
     products = pixels * (net.stem.weight.numel() * 2 / 3 + net.out_conv.weight.numel())
     products += sum(p.numel() for p in denoiser.parameters() if p.ndim == 2)
     for block in [*net.encoder, *net.middle, *net.decoder]:
@@ -117,16 +105,15 @@ def cost(config):
 
 
 def derive_seed(*numbers):
-    """A 63-bit seed of non-negative numbers: what is random is a function of such a seed alone,
-    never of the process or of what came before."""
+    """A 63-bit seed of non-negative numbers; all that is random is a function of such a seed."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 def sigma_steps(diffusion, n_steps=18):
     """Noise levels sigma_max = sigma_0 > ... > sigma_{n-1} = sigma_min > 0, (n+1,) (EDM Eq. 5)."""
-    d, ramp = diffusion, np.linspace(0, 1, n_steps) if n_steps > 1 else np.zeros(1)
-    high, low = d.sigma_max ** (1 / d.rho), d.sigma_min ** (1 / d.rho)
-    return np.append((high + ramp * (low - high)) ** d.rho, 0)
+    rho = diffusion.rho
+    high, low = diffusion.sigma_max ** (1 / rho), diffusion.sigma_min ** (1 / rho)
+    return np.append((high + np.linspace(0, 1, n_steps) * (low - high)) ** rho, 0)
 
 
 def heun_sampler(denoise, latents, sigmas, gamma=lambda sigma: 0, noise=None):
@@ -134,8 +121,7 @@ def heun_sampler(denoise, latents, sigmas, gamma=lambda sigma: 0, noise=None):
 
     denoise: D(x; sigma), of x (B,C,H,W) and sigma (B,), all float64. latents: (B,C,H,W) ~ N(0,1).
     sigmas: falling, ending in 0. gamma: the churn at a noise level; where it is above 0, noise()
-    gives (B,C,H,W) ~ N(0,S_noise²). Return x (B,C,H,W) float64.
-    """
+    gives (B,C,H,W) ~ N(0,S_noise²). Return x (B,C,H,W) float64."""
     def slope(x, sigma):
         return (x - denoise(x, x.new_full((len(x),), sigma))) / sigma
 
@@ -158,19 +144,15 @@ def heun_sampler(denoise, latents, sigmas, gamma=lambda sigma: 0, noise=None):
 
 @torch.no_grad()
 def generate(denoiser, indices, seed=0, n_steps=18, eta=0.0, clip_denoised=False):
-    """Sample the images number `indices`, each from its own seed: the same in any batch or process.
-    eta: churn in [0,1], gamma = (√2-1)·eta for sigma in [S_min, S_max].
-
-    Return (len(indices),C,H,W) uint8 on the denoiser's device.
-    """
+    """Images number `indices`, (B,C,H,W) uint8 on the denoiser's device, each from its own seed.
+    eta: churn in [0,1], gamma = (√2-1)·eta for sigma in [S_min, S_max]."""
     diffusion, device = denoiser.diffusion, next(denoiser.parameters()).device
     streams = [np.random.default_rng((seed, i)) for i in indices]
 
     def noise():
         x = torch.from_numpy(np.stack([s.standard_normal(denoiser.image_shape) for s in streams]))
-        if device.type == "cuda":
-            x = x.pin_memory()              # So that nobody waits until the GPU has it.
-        return x.to(device, non_blocking=True)
+        # Pinned, so that nobody waits until the GPU has it.
+        return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
 
     def denoise(x, sigma):
         D_x = denoiser.denoise(x, sigma)
@@ -184,25 +166,22 @@ def generate(denoiser, indices, seed=0, n_steps=18, eta=0.0, clip_denoised=False
     return (x * 127.5 + 128).clamp(0, 255).to(torch.uint8)
 
 
-# TFLOP/s of dense float16 and bfloat16 products with sums in float32, by NVIDIA's data sheets; the
-# first words that are in a GPU's name count.
+# Dense TFLOP/s in float16 with sums in float32, by NVIDIA; the first one in a GPU's name counts.
 PEAKS = {"B200": 2250, "H200 NVL": 835, "H100 NVL": 835, "H200": 989, "H100 PCIe": 756, "H100": 989,
-         "A100": 312, "L40S": 362, "A40": 150, "Tesla V100": 125, "Tesla T4": 65, "RTX 4090": 165,
-         "RTX 3090": 71}
+         "A100": 312, "L40S": 362, "A40": 150, "V100": 125, "T4": 65,
+         "RTX 4090(?! Laptop)": 165, "RTX 3090(?! Laptop)": 71}
 
 
 def peak_flops(device):
     """The FLOP/s of a device in mixed precision, of which MFU is a share; None: not known."""
-    name = f" {device_name(device).replace('-', ' ')} "
-    return next((tflops * 1e12 for words, tflops in PEAKS.items()
-                 if f" {words} " in name and "Laptop" not in name), None)
+    name = device_name(device)
+    return next((1e12 * n for gpu, n in PEAKS.items() if re.search(rf"\b{gpu}\b", name)), None)
 
 
 def device_name(device):
     """The name of a device, as it stands beside a result."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"CPU ({torch.get_num_threads()} threads)"
+    gpu, n = device.type == "cuda", torch.get_num_threads()
+    return torch.cuda.get_device_name(device) if gpu else f"CPU ({n} threads)"
 
 
 def processes_on(device):
@@ -217,7 +196,7 @@ def describe(config, device, precision):
         raise UserError(f"batch_size {config.batch_size} is not divisible by the {n} processes")
     text = yaml.safe_dump(config.model_dump(), sort_keys=False, default_flow_style=None)
     print0(f"{text}--- {config.net_type}: {n_parameters:,} parameters, {gflop:.1f} GFLOP "
-                       f"per training image; {processes_on(device)}; {precision}")
+           f"per training image; {processes_on(device)}; {precision}")
 
 
 class Throughput:
@@ -232,9 +211,9 @@ class Throughput:
         """What is logged of the steps since, of all processes."""
         seconds = (time.perf_counter() - self.time) / (step - self.step)
         self.restart(step)
-        flops = self.gflop * 1e9 * self.batch_size / seconds
+        tflops = self.gflop * self.batch_size / seconds / 1e3
         return {"img_per_s": self.batch_size / seconds, "step_time_s": seconds,
-                "TFLOP_per_s": flops / 1e12, "MFU": flops / (self.peak * world_size()),
+                "TFLOP_per_s": tflops, "MFU": tflops * 1e12 / (self.peak * world_size()),
                 "gpu_memory_GB": torch.cuda.max_memory_allocated() / 1e9 or None}
 
     def restart(self, step):

@@ -11,7 +11,7 @@ import torch
 from edm2 import distributed
 from edm2.data import read_npz, write_npz
 from edm2.errors import UserError, warn
-from edm2.features import ImageSet, open_images
+from edm2.features import SUFFIXES, ImageSet
 
 N_FID = 50_000      # Samples of an FID that can be compared with published ones.
 METRICS = ("kid", "is", "precision", "recall")
@@ -55,35 +55,28 @@ class Moments:
 
 
 def compute(images, extractor, batch_size=None, keep=False):
-    """The Statistics of an ImageSet, which all processes share; with `keep`, the features too.
-
-    Raises UserError for fewer than two images, and for Statistics whose features are asked for.
-    """
+    """The Statistics of an ImageSet, by all processes; with `keep`, the features too. UserError for
+    one image, and for Statistics whose features are asked for."""
     if isinstance(images, Statistics):
         if keep:
             raise UserError(f"{images.name} holds statistics: --metrics needs the images")
         return images
-    if images.n < 2:
+    if (n := len(images.items)) < 2:
         raise UserError(f"{images.name}: one image has no covariance")
-    widths = [values.shape[1] for values in extractor(next(images.batches([0], 1)))]
+    widths = [x.shape[1] for x in extractor(torch.tensor(images.read(0)[None]))]
     moments = Moments(widths[0], extractor.device)
-    kept = [torch.zeros(images.n, width) for width in widths] if keep else []
-    mine, done = range(distributed.rank(), images.n, distributed.world_size()), 0
+    kept = [torch.zeros(n, width, device=extractor.device) for width in widths] if keep else []
+    mine = range(distributed.rank(), n, distributed.world_size())
     size = batch_size or (256 if extractor.device.type == "cuda" else 16)
     with distributed.progress(len(mine), "img", desc=images.name[-40:]) as bar:
-        for batch in images.batches(mine, size):
-            n = len(batch)
-            if n < size:        # One size, so that rounding does not depend on the share.
-                batch = torch.cat([batch, batch[-1:].expand(size - n, -1, -1, -1)])
-            found = [values[:n] for values in extractor(batch)]
+        for part, batch in images.batches(mine, size):
+            found = [x[:len(part)] for x in extractor(batch)]
             moments.add(found[0])
-            for store, values in zip(kept, found, strict=False):
-                store[mine[done:done + n]] = values.float().cpu()
-            done += n
-            bar.update(n)
-    kept = [distributed.all_reduce(store.to(extractor.device)).cpu() for store in kept]
-    kept = dict(zip(("features", "logits"), kept, strict=False))
-    return replace(moments.statistics(images.name), **kept)
+            for store, x in zip(kept, found, strict=False):
+                store[list(part)] = x.float()
+            bar.update(len(part))
+    kept = zip(("features", "logits"), map(distributed.all_reduce, kept), strict=False)
+    return replace(moments.statistics(images.name), **{name: x.cpu() for name, x in kept})
 
 
 def read_statistics(name, arrays):
@@ -102,17 +95,32 @@ def read_statistics(name, arrays):
 
 
 def open_set(path, limit=None):
-    """What open_images gives, or the Statistics of an .npz that holds them."""
-    found = open_images(path, limit)
-    return read_statistics(path, found) if isinstance(found, dict) else found
+    """The ImageSet of a folder, of one that sample.py made, or of an .npz; or the Statistics that
+    the .npz holds. Raises UserError where it is none of these."""
+    folder = Path(path)
+    if folder.is_dir():
+        made = (folder / "settings.json").exists() and (folder / "images").is_dir()
+        found = sorted(file for file in (folder / "images" if made else folder).iterdir()
+                       if file.suffix.lower() in SUFFIXES and not file.name.startswith("."))
+        return ImageSet(str(path), found, limit)
+    arrays = read_npz(path)
+    if {"mu", "sigma"} <= set(arrays):
+        return read_statistics(path, arrays)
+    images = [a for a in arrays.values()
+              if a.dtype == np.uint8 and a.ndim == 4 and {1, 3} & {a.shape[1], a.shape[3]}]
+    if len(images) != 1:
+        held = ", ".join(f"{name} {a.dtype} {list(a.shape)}" for name, a in arrays.items())
+        raise UserError(f"{path} holds {held or 'nothing'}: expected one uint8 array of images "
+                        f"(N,H,W,C), or statistics mu (d,) and sigma (d,d)")
+    last = images[0].shape[3] in (1, 3)
+    return ImageSet(str(path), images[0].transpose(0, 3, 1, 2) if last else images[0], limit)
 
 
 def frechet_distance(mu1, sigma1, mu2, sigma2):
     """|mu1-mu2|² + Tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^(1/2)) of two Gaussians (Heusel 2017).
 
     sigma1 sigma2 has the eigenvalues of the symmetric Lᵀ sigma2 L where L Lᵀ = sigma1: the trace of
-    the root is the sum of their roots. All float64. Raises UserError for what is no covariance.
-    """
+    the root is the sum of their roots. All float64. Raises UserError for what is no covariance."""
     try:
         L = np.linalg.cholesky(sigma1)
     except np.linalg.LinAlgError:           # n <= d leaves sigma singular: L (d,r) of its rank r.

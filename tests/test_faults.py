@@ -82,7 +82,8 @@ def test_killed_at_twenty_random_moments(tmp_path, whole, processes):
     said = kill_often(20, lambda: last_step(folder), tmp_path, *command, processes=processes)
     begun = [int(step) for step in re.findall(r"after step (\d+)\n", said)]
     assert len(set(begun)) > 10 and begun == sorted(begun)
-    assert "going on" in succeed(*command, processes=processes)
+    # A real process: in less than its start-up, in one second, two event files have no order.
+    assert "going on" in succeed(*command, processes=processes, restarts=0)
     assert_same(whole(processes), folder, 11)
     board = EventAccumulator(str(folder / "tensorboard")).Reload()
     assert [event.step for event in board.Scalars("loss")] == [

@@ -67,7 +67,7 @@ def test_features_are_pytorch_fids(inception_weights, monkeypatch):
     images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (4, 3, 299, 299), np.uint8))
     with torch.no_grad():
         theirs = inception.InceptionV3([3]).eval()(images / 256)[0].flatten(1)
-    ours, = features.Extractor("inception", CPU, *inception_weights)(images)
+    ours, _ = features.Extractor("inception", CPU, *inception_weights)(images)
     assert ours.shape == (4, 2048) and theirs.std(0).mean() > 1e-3
     assert (ours - theirs).norm() < 1e-4 * (theirs - theirs.mean(0)).norm()
 
@@ -256,7 +256,7 @@ def test_weights_are_refused(inception_weights, sampled, tmp_path):
             return Path.touch, (tmp_path / "ran",)
 
     (path, sha256), (flags, save_dir), evil = inception_weights, sampled, tmp_path / "evil.pth"
-    before, published = sorted(save_dir.rglob("*")), features.WEIGHTS["inception"][2]
+    before, published = sorted(save_dir.rglob("*")), features.WEIGHTS["inception"][1]
     refused(*flags, "--weights", path, words=[path, sha256, published, "SHA-256"])
     refused(*flags, "--weights", tmp_path / "no.pth", words=[tmp_path / "no.pth", "No such file"])
     torch.save(Evil(), evil)
@@ -270,11 +270,12 @@ def test_neither_file_nor_network(tmp_path, name, monkeypatch):
     """Address, checksum, where to put it; a file that arrives damaged is refused; none is left."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
-    a, (names, url, sha256, label) = pngs(tmp_path / "a"), features.WEIGHTS[name]
-    path, damaged = tmp_path / "torch" / "hub" / "checkpoints" / names[0], tmp_path / "damaged"
+    a, (url, sha256) = pngs(tmp_path / "a"), features.WEIGHTS[name]
+    file = url.rpartition("/")[2]
+    path, damaged = tmp_path / "torch" / "hub" / "checkpoints" / file, tmp_path / file
     refused(a, a, "--features", name, words=[url, sha256, path])
     damaged.write_bytes(b"not these")
-    monkeypatch.setitem(features.WEIGHTS, name, (names, damaged.as_uri(), sha256, label))
+    monkeypatch.setitem(features.WEIGHTS, name, (damaged.as_uri(), sha256))
     refused(a, a, "--features", name, words=["invalid hash", path])
     assert [p for p in tmp_path.rglob("*") if p.is_file() and p.parent != a] == [damaged]
 
@@ -327,13 +328,13 @@ def test_no_images_of_a_checkpoint(sampled, tmp_path):
         "python sample.py", *flags[:2], "--epoch 3 --seed 2 --n_samples 2", *flags[2:])))
     succeed(*command[1:])
     assert "3 seeds" in succeed("fid.py", *args, "--repeat", 3, "--n_samples", 2)
-    refused(*args, "--n_samples", 40, words=["30 images", "000030.png", "--n_samples 40"])
+    refused(*args, "--n_samples", 40, words=["10 images", "000030.png", "--n_samples 40"])
     refused(*args, "--set", "net_type=UNetG", words=["net_type", "UNetG"])
     refused(*args, "--epoch", 7, words=["no checkpoint of epoch 7", "0, 1, 2, 3"])
     refused(*args, "--images", tmp_path, words=["settings.json"])
     few = shutil.copytree(last, tmp_path / "few")
     (last / "images" / "000000.png").unlink()
-    refused(*args, "--repeat", 2, words=["29 images", "000000.png", "--seed 1"])
+    refused(*args, "--repeat", 2, words=["1 images", "000000.png", "--seed 1"])
     out = succeed("fid.py", *args, "--images", few)
     assert "epoch 3" in out and results(save_dir)[-1]["seeds"] == [1]
     copy = shutil.copytree(save_dir, tmp_path / "run")
