@@ -4,8 +4,7 @@ Images made by sample.py:     python fid.py --config config/cifar10/C.yaml --epo
 Three seeds, mean and least:  python fid.py --config config/cifar10/C.yaml --epoch 1000 --repeat 3
 Several GPUs:                 torchrun --nproc_per_node=4 fid.py --config config/cifar10/C.yaml
 Without weights:              python fid.py --config config/digits/G.yaml --features pixels
-Any two sets (image folders, .npz of uint8 images or of mu and sigma):  python fid.py A B
-"""
+Any two sets (image folders, .npz of uint8 images or of mu and sigma):  python fid.py A B"""
 
 import json
 import shlex

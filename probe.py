@@ -3,17 +3,15 @@
 The config's timestep and block:  python probe.py --config config/cifar10/C.yaml --epoch 500,1000
 Every timestep and block:         python probe.py --config config/cifar10/C.yaml --epoch all --grid
 Several GPUs:                     torchrun --nproc_per_node=4 probe.py --config config/digits/G.yaml
-Accuracies are appended to save_dir/results.jsonl; a grid is also drawn: save_dir/probe_<epoch>.png.
-"""
+Accuracies go to save_dir/results.jsonl; a grid is also drawn, as save_dir/probe_<epoch>.png."""
 
 import time
 
 import numpy as np
 
-from edm2 import checkpoint, data, diffusion, distributed, flags, linear_probe, results
+from edm2 import checkpoint, data, diffusion, distributed, files, flags, linear_probe, results
 from edm2.config import Count, Index, load_config
 from edm2.errors import UserError, command
-from edm2.files import atomic
 from edm2.posthoc_ema import load_denoiser
 
 
@@ -75,7 +73,7 @@ def report(config, table, timesteps, widths, device, common):
         path = f"{config.save_dir}/probe_{epoch}{suffix and f'_sigma_rel{length:g}'}.png"
         figure = heat_map(table.T, [f"{t}\n{sigma:.3g}" for t, sigma, _ in pairs[::len(widths)]],
                           list(widths), f"{config.dataset}, {config.net_type}, epoch {epoch}, {n}")
-        with atomic(path) as temporary:
+        with files.atomic(path) as temporary:
             figure.savefig(temporary, format="png")
         print(f"heat map: {path}")
     t, sigma, block = pairs[table.argmax()]

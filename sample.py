@@ -3,8 +3,7 @@
 One process:          python sample.py --config config/cifar10/C.yaml --use_amp
 One machine, 4 GPUs:  torchrun --nproc_per_node=4 sample.py --config config/cifar10/C.yaml --use_amp
 Images go to save_dir/samples/<epoch>/images/000000.png ..., beside grid.png. Image i is the same
-whatever the processes. Started again, it makes only the images that are missing.
-"""
+whatever the processes. Started again, it makes only the images that are missing."""
 
 import contextlib
 import json
@@ -14,11 +13,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from edm2 import checkpoint, data, diffusion, distributed, features, files, flags
+from edm2 import checkpoint, data, diffusion, distributed, features, files, flags, posthoc_ema
 from edm2.config import Count, Index, Unit, load_config
 from edm2.errors import UserError, command
-from edm2.frechet import N_FID
-from edm2.posthoc_ema import load_denoiser
 
 BATCH = {"cuda": 512, "cpu": 64}        # Images made together: their rounding depends on it.
 PNG = "images/{:06d}.png"               # Image i of a folder.
@@ -29,7 +26,7 @@ def main():
     p = flags.parser(__doc__, network=True, sigma_rel=True)
     add, flag = p.add_argument, flags.flag
     add("--epoch", type=flag(Index), help="checkpoint (default: the newest)")
-    add("--n_samples", type=flag(Count), default=N_FID, help="number of images (default: 50000)")
+    add("--n_samples", type=flag(Count), default=50_000, help="number of images (default: 50000)")
     add("--seed", type=flag(Index), default=0, help="image i is a function of (seed, i)")
     add("--weights", choices=["ema", "model"], default="ema", help="averaged (default) or raw")
     add("--steps", type=flag(Count), default=18, help="sampler steps (default: 18, NFE 35)")
@@ -44,7 +41,7 @@ def main():
     config, device = load_config(args.config, args.set), distributed.init()
     epoch = distributed.on_rank0(checkpoint.find, config, args.epoch)
     dtype = flags.dtype(args.amp_dtype or args.use_amp)
-    denoiser = load_denoiser(config, epoch, args.weights, args.sigma_rel, dtype)
+    denoiser = posthoc_ema.load_denoiser(config, epoch, args.weights, args.sigma_rel, dtype)
     denoiser = diffusion.deploy(denoiser, device, args.channels_last, args.compile)
     variant = ("_model" * (args.weights == "model") + f"_seed{args.seed}" * (args.seed > 0)
                + f"_steps{args.steps}" * (args.steps != 18) + f"_eta{args.eta:g}" * (args.eta > 0)

@@ -4,8 +4,7 @@ One process:          python train.py --config config/cifar10/C.yaml --use_amp
 One machine, 4 GPUs:  torchrun --nproc_per_node=4 train.py --config config/cifar10/C.yaml --use_amp
 Two machines, each:   torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d \\
                           --rdzv_endpoint=HOST:29500 train.py --config config/cifar10/C.yaml
-Only show what it would do: add --dry_run. Started again, it goes on from the newest checkpoint.
-"""
+Only show what it would do: add --dry_run. Started again, it goes on from the newest checkpoint."""
 
 import contextlib
 import math
@@ -16,7 +15,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from edm2 import checkpoint, data, diffusion, distributed, dynamics, evaluation, files, flags
 from edm2.config import FREE, Count, load_config
-from edm2.distributed import progress
 from edm2.errors import Stopped, UserError, command, warn
 from edm2.log import Log
 from edm2.posthoc_ema import Averages
@@ -56,7 +54,8 @@ def train(config, args, images, device, evaluator, signals):
     run = Run(config, args, device, len(images))
     if run.resume(args.fresh):
         return distributed.print0(f"{config.save_dir} is trained already: raise n_epoch to go on")
-    log, bar = Log(config.save_dir, run.step), progress(run.total_steps, "step", run.step)
+    log = Log(config.save_dir, run.step)
+    bar = distributed.progress(run.total_steps, "step", run.step)
     recorder = dynamics.Recorder(run.denoiser, images, config, run.total_steps)
     speed = diffusion.Throughput(config, device, run.denoiser.amp_dtype, run.step)
     for step in range(run.step, run.total_steps + 1):

@@ -1,7 +1,6 @@
 """Checkpoints: plain tensors and values, written whole or not at all, checked when they are read.
 
-In save_dir/ckpts: model_{epoch}.pth, latest.pth and latest_before.pth, the last saves on the way.
-"""
+In save_dir/ckpts: model_{epoch}.pth; latest.pth and latest_before.pth, saves on the way."""
 
 import math
 import pickle

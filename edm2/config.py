@@ -165,8 +165,7 @@ def load_config(path, overrides=()):
         name, equals, text = assignment.partition("=")
         if not equals:
             raise UserError(f"--set {name}: say --set KEY=VALUE")
-        *parents, last = name.strip().split(".")
-        target = values
+        (*parents, last), target = name.strip().split("."), values
         for parent in parents:
             below = target.get(parent)
             target[parent] = target = below if isinstance(below, dict) else {}

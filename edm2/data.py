@@ -14,10 +14,8 @@ import torch
 from filelock import FileLock
 from PIL import Image, ImageOps
 
-from edm2.diffusion import derive_seed
-from edm2.distributed import cores, rank, world_size
+from edm2 import diffusion, distributed, files
 from edm2.errors import UserError, warn
-from edm2.files import atomic
 
 DECODED = 2     # Version of the code that decodes: with another one, what was kept is decoded anew.
 NOISE = 1       # What a step's seed is for.
@@ -113,7 +111,7 @@ def load_folder(name, root, train, shape):
 def decode(paths, shape, remedy="replace or remove it"):
     """Decode image files to one array (N, *shape) uint8, as decode_image does."""
     images = np.empty((len(paths), *shape), np.uint8)
-    with ThreadPoolExecutor(cores()) as pool:
+    with ThreadPoolExecutor(distributed.cores()) as pool:
         for i, image in enumerate(pool.map(lambda p: decode_image(p, shape, remedy), paths)):
             images[i] = image
     return images
@@ -162,7 +160,7 @@ def write_npz(path, **arrays):
     """Leave arrays in a cache; where that fails, say so and go on."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic(path) as temporary, open(temporary, "wb") as file:
+        with files.atomic(path) as temporary, open(temporary, "wb") as file:
             np.savez(file, **arrays)
     except (UserError, OSError) as e:
         warn(f"{path} is not kept for the next time: {e}")
@@ -217,11 +215,12 @@ def draw(config, step, images, device, batch_gpu):
     of them this process's part, as a list of passes of batch_gpu images."""
     B, (epoch, i) = config.batch_size, divmod(step, len(images) // config.batch_size)
     index = epoch_order(len(images), config.seed, epoch)[i * B:(i + 1) * B]
-    g = torch.Generator(device).manual_seed(derive_seed(config.seed, step, NOISE))
+    g = torch.Generator(device).manual_seed(diffusion.derive_seed(config.seed, step, NOISE))
     level = torch.randn(B, generator=g, device=device)
     noise = torch.randn(B, *images.shape[1:], generator=g, device=device)
     flip = torch.rand(B, generator=g, device=device) < (0.5 if config.flip else 0)
-    mine = [t.chunk(world_size())[rank()].split(batch_gpu) for t in (index, level, noise, flip)]
+    mine = [drawn.chunk(distributed.world_size())[distributed.rank()].split(batch_gpu)
+            for drawn in (index, level, noise, flip)]
     return list(zip(*mine, strict=True))
 
 
@@ -242,7 +241,7 @@ def to_float(images):
 def save_png(image, path):
     """Write an image (C,H,W) uint8, on the CPU, as a PNG: whole or not at all."""
     pixels = image.permute(1, 2, 0).numpy()
-    with atomic(path) as temporary:
+    with files.atomic(path) as temporary:
         Image.fromarray(pixels[..., 0] if len(image) == 1 else pixels).save(temporary, "PNG")
 
 

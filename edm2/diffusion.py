@@ -1,7 +1,6 @@
 """EDM preconditioning, uncertainty-weighted loss and Heun sampler: what Configs C, E and G share.
 
-Sources: EDM (arXiv 2206.00364, Table 1 and Alg. 2), EDM2 (arXiv 2312.02696, Eq. 14-21).
-"""
+Sources: EDM (arXiv 2206.00364, Table 1 and Alg. 2), EDM2 (arXiv 2312.02696, Eq. 14-21)."""
 
 import math
 import re

@@ -1,7 +1,6 @@
 """Training dynamics: how large activations, weights, gradients and updates are (EDM2 Fig. 3, 4).
 
-train.py records them in save_dir/dynamics.jsonl; `python -m edm2.results --dynamics` draws them.
-"""
+train.py records them in save_dir/dynamics.jsonl; `python -m edm2.results --dynamics` draws them."""
 
 import itertools
 import json
@@ -10,20 +9,17 @@ from pathlib import Path
 
 import torch
 
-from edm2.data import to_float
-from edm2.diffusion import derive_seed
-from edm2.distributed import rank
+from edm2 import data, diffusion, distributed
 from edm2.errors import UserError, warn
 
-POINTS, APART = 200, 25     # By default: records over a run at most, steps between two at least.
-N_IMAGES = 8                # That the activations are of.
+N_IMAGES = 8            # That the activations are of.
 ROWS = {"activation": "activations (RMS)", "weight": "weights (RMS)",
         "update": "update / weight (RMS)"}      # Of the figure.
 
 
 def default_every(total_steps):
-    """Steps between records, so that they take under 1 % of the time (benchmarks/README.md)."""
-    return max(APART, -(-total_steps // POINTS))
+    """Steps between records: 200 a run, in under 1 % of the time (benchmarks/README.md)."""
+    return max(25, -(-total_steps // 200))
 
 
 class Recorder:
@@ -32,21 +28,19 @@ class Recorder:
     Activations: of every block's output, without dropout, of the same N_IMAGES of images (N,C,H,W)
     uint8 and noise each time, at as many quantiles of the training's noise levels. Weights,
     gradients, updates: of every weight as the step's forward pass has left it (in E and G
-    normalized); the update is the optimizer's change, relative to that RMS (EDM2 2.2).
-    """
+    normalized); the update is the optimizer's change, relative to that RMS (EDM2 2.2)."""
 
     def __init__(self, denoiser, images, config, total_steps):
         self.denoiser, self.config, self.total_steps = denoiser, config, total_steps
-        every, device = config.dynamics_every, next(denoiser.parameters()).device
+        every, net = config.dynamics_every, denoiser.net
         self.every = default_every(total_steps) if every is None else every
-        net = denoiser.net
         self.groups = block_groups(net, *images.shape[2:])
         self.blocks = {name: net.get_submodule(name) for name in self.groups if "." in name}
         self.weights = {name.removesuffix(".weight"): p
                         for name, p in net.named_parameters() if p.ndim > 1}
-        g = torch.Generator().manual_seed(derive_seed(0, N_IMAGES))
-        index = torch.linspace(0, len(images) - 1, N_IMAGES).long()
-        y = to_float(images[index.to(images.device)].to(device))
+        g = torch.Generator().manual_seed(diffusion.derive_seed(0, N_IMAGES))
+        device = net.stem.weight.device
+        y = data.batch(images, torch.linspace(0, len(images) - 1, N_IMAGES).long(), device)
         level = torch.special.ndtri((torch.arange(N_IMAGES) + 0.5) / N_IMAGES)
         self.sigma = (config.diffusion.p_mean + config.diffusion.p_std * level).exp().to(device)
         noise = torch.randn(y.shape, generator=g).to(device)
@@ -58,7 +52,7 @@ class Recorder:
         (the first, every so many, the last) keep what the update will change."""
         due = self.every > 0 and (step % self.every == 0 or step == self.total_steps - 1)
         self.norms = None
-        if due and rank() == 0:
+        if due and distributed.rank() == 0:
             weights = list(self.weights.values())
             self.norms = {"activation": self.activations(), "weight": torch._foreach_norm(weights),
                           "gradient": torch._foreach_norm([p.grad for p in weights])}
@@ -76,8 +70,8 @@ class Recorder:
         rms = {"activation": {name: next(numbers) for name in self.blocks}}
         for kind in ("weight", "gradient", "update"):
             rms[kind] = {name: next(numbers) / p.numel() ** 0.5 for name, p in self.weights.items()}
-        for name, weight in rms["weight"].items():
-            rms["update"][name] = rms["update"][name] / weight if weight else math.nan
+        rms["update"] = {name: update / (rms["weight"][name] or math.nan)
+                         for name, update in rms["update"].items()}
         record, tags = {"dataset": self.config.dataset, "net_type": self.config.net_type,
                         "Mimg": (step + 1) * self.config.batch_size / 1e6}, {}
         for kind, values in rms.items():
@@ -104,10 +98,8 @@ class Recorder:
 
     def group(self, name):
         """The group of a block or weight, such as "encoder 16x16" or "embedding"."""
-        part, number, *rest = [*name.split("."), ""]
-        if part.startswith("emb") or rest[:1] == ["emb"]:
-            return "embedding"
-        return self.groups[f"{part}.{number}" if number else part]
+        part = name.split(".")
+        return "embedding" if {"emb", "emb0", "emb1"} & {*part} else self.groups[".".join(part[:2])]
 
 
 def block_groups(net, H, W):

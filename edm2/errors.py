@@ -23,7 +23,8 @@ def warn(message):
     """Say something in one line on stderr."""
     several = os.environ.get("WORLD_SIZE", "1") != "1"
     process = f" (process {os.environ.get('RANK', '?')})" * several
-    print(f"{Path(sys.argv[0]).name}{process}:", *str(message).split(), file=sys.stderr, flush=True)
+    line = " ".join([f"{Path(sys.argv[0]).name}{process}:", *str(message).split()])
+    sys.stderr.write(f"{line}\n")       # At once, or two processes write into each other's line.
 
 
 def command(main):

@@ -6,9 +6,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from edm2 import data, diffusion, distributed, frechet, linear_probe
+from edm2 import data, diffusion, distributed, features, frechet, linear_probe
 from edm2.errors import UserError, warn
-from edm2.features import Extractor
 
 LEVELS = np.geomspace(0.02, 20, 8)      # Noise levels of the held-out loss.
 CHUNK = 64                              # Images whose noise is drawn together, and pass together.
@@ -32,9 +31,7 @@ def sample_grid(denoiser, images, config, epoch):
 
 class Evaluator:
     """What a config's `eval` asks for, and all that it needs. images, labels: the training set's.
-
-    Raises UserError, before training, where data or weights are missing.
-    """
+    Raises UserError, before training, where data or weights are missing."""
 
     def __init__(self, config, images, labels, device, batch_gpu=None):
         self.config, self.batch_gpu = config, batch_gpu
@@ -50,7 +47,7 @@ class Evaluator:
         if config.eval.probe:
             linear_probe.check_blocks(config, [config.linear.blockname])
         if config.eval.fid:
-            self.extractor = Extractor(config.eval.features, device)
+            self.extractor = features.Extractor(config.eval.features, device)
             self.reference = frechet.reference(config, images, self.extractor, batch_gpu)
 
     def measure(self, denoiser):

@@ -9,10 +9,8 @@ import torch
 from torch.nn.functional import adaptive_avg_pool2d
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from edm2.data import decode_image, to_float
-from edm2.distributed import cores, rank0_first
+from edm2 import data, distributed, files
 from edm2.errors import UserError
-from edm2.files import sha256
 
 # {name: (address, SHA-256)}. Inception-v3 is the TF port of every published FID.
 WEIGHTS = {
@@ -38,7 +36,7 @@ class ImageSet:
     def read(self, i):
         """Image i, (C,H,W) uint8. Raises UserError naming a damaged or differently sized file."""
         item = self.items[i]
-        image = decode_image(item) if isinstance(item, Path) else np.asarray(item)
+        image = data.decode_image(item) if isinstance(item, Path) else np.asarray(item)
         if self.shape and len(image) < self.shape[0]:
             image = image.repeat(3, 0)
         if image.shape != (self.shape or image.shape):
@@ -49,7 +47,7 @@ class ImageSet:
     def batches(self, indices, size):
         """Yield up to `size` of the indices at a time and their images, (size,C,H,W) uint8: the
         last one fills the batch, as rounding depends on the size."""
-        with ThreadPoolExecutor(cores()) as pool:
+        with ThreadPoolExecutor(distributed.cores()) as pool:
             for start in range(0, len(indices), size):
                 part = indices[start:start + size]
                 images = list(pool.map(self.read, part))
@@ -65,14 +63,13 @@ def samples_folder(config, epoch, variant="", sigma_rel=None):
 class Extractor:
     """images (B,C,H,W) uint8 -> features (B,d) float32 and, of Inception, logits (B,1008).
 
-    name: inception, dinov2-vit-b-14 or pixels. weights, weights_sha256: a file of other weights.
-    """
+    name: inception, dinov2-vit-b-14 or pixels. weights, weights_sha256: a file of other weights."""
 
     def __init__(self, name, device, weights=None, weights_sha256=None):
         self.name, self.device, self.sha256 = name, device, None
         self.label, self.version, self.network = "pixels", "1", pixels
         if name != "pixels":
-            with rank0_first():             # Downloads, and torch.hub fetches DINOv2's code.
+            with distributed.rank0_first():     # Downloads; torch.hub fetches DINOv2's code.
                 path, self.sha256 = find_weights(name, weights, weights_sha256)
                 network = load_network(name, path)
             self.network = network.to(device, memory_format=torch.channels_last)
@@ -98,7 +95,7 @@ class Extractor:
 def pixels(images):
     """The pixels in [-1,1], flattened, (B,d); images above 32x32 are averaged down to that."""
     size = [min(side, 32) for side in images.shape[2:]]
-    return (adaptive_avg_pool2d(to_float(images), size).flatten(1),)
+    return (adaptive_avg_pool2d(data.to_float(images), size).flatten(1),)
 
 
 def find_weights(name, path=None, expected=None):
@@ -112,7 +109,7 @@ def find_weights(name, path=None, expected=None):
             cached.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(url, cached, hash_prefix=published, progress=False)
         path = path or (cached if cached.exists() else same)
-        found = sha256(path)
+        found = files.sha256(path)
     except Exception as e:                  # urllib's, http's and torch's errors.
         raise UserError(f"cannot read the weights {path or cached} ({e}): download {url} (SHA-256 "
                         f"{published}) to there, or take --features pixels") from None

@@ -8,8 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from edm2 import distributed
-from edm2.data import read_npz, write_npz
+from edm2 import data, distributed
 from edm2.errors import UserError, warn
 from edm2.features import SUFFIXES, ImageSet
 
@@ -19,8 +18,7 @@ METRICS = ("kid", "is", "precision", "recall")
 
 @dataclass
 class Statistics:
-    """mu (d,), sigma (d,d) float64 of n images (None: not known); features (n,d), logits (n,1008)
-    where kept."""
+    """mu (d,), sigma (d,d) of n images (None: unknown); features (n,d), logits (n,1008) if kept."""
     name: str
     mu: np.ndarray
     sigma: np.ndarray
@@ -45,10 +43,8 @@ class Moments:
 
     def statistics(self, name):
         """The Statistics, with unbiased sigma, over all processes. Raises UserError for NaN."""
-        for total in (self.n, self.sum, self.outer):
-            distributed.all_reduce(total)
-        mu = self.sum / self.n
-        sigma = self.outer.addr_(self.sum, mu, alpha=-1).div_(self.n - 1)
+        mu = distributed.all_reduce(self.sum) / distributed.all_reduce(self.n)
+        sigma = distributed.all_reduce(self.outer).addr_(self.sum, mu, alpha=-1).div_(self.n - 1)
         if not (torch.isfinite(mu).all() and torch.isfinite(sigma).all()):
             raise UserError(f"{name}: the features are NaN or Inf")
         return Statistics(name, mu.cpu().numpy(), sigma.cpu().numpy(), int(self.n))
@@ -103,7 +99,7 @@ def open_set(path, limit=None):
         found = sorted(file for file in (folder / "images" if made else folder).iterdir()
                        if file.suffix.lower() in SUFFIXES and not file.name.startswith("."))
         return ImageSet(str(path), found, limit)
-    arrays = read_npz(path)
+    arrays = data.read_npz(path)
     if {"mu", "sigma"} <= set(arrays):
         return read_statistics(path, arrays)
     images = [a for a in arrays.values()
@@ -157,8 +153,8 @@ def other_metrics(names, samples, reference, extractor):
     from torch_fidelity import metric_isc, metric_kid, metric_prc
     found, pair, least = {}, (samples.features, reference.features), min(samples.n, reference.n)
     if "kid" in names:
-        size = min(1000, least)
-        kid = metric_kid.kid_features_to_metric(*pair, kid_subset_size=size, verbose=False)
+        kid = metric_kid.kid_features_to_metric(*pair, kid_subset_size=min(1000, least),
+                                                verbose=False)
         found["KID"] = kid["kernel_inception_distance_mean"]
     if "is" in names:
         if samples.n < 10:
@@ -173,36 +169,26 @@ def other_metrics(names, samples, reference, extractor):
 
 
 def reference(config, images, extractor, batch_size=None, keep=False):
-    """The Statistics of a training set, images (N,C,H,W) uint8: from cache_dir/fid where they fit
-    (and features need not be kept), else computed and left there."""
+    """The Statistics of a training set, images (N,C,H,W) uint8: from cache_dir/fid, by a hash of
+    all that they are of, or (or to `keep` features) computed and left there."""
     about = {"dataset": config.dataset, "split": "train", "n": len(images),
              "images_sha256": hashlib.sha256(images.numpy()).hexdigest(),
              "features": extractor.name, "weights_sha256": extractor.sha256,
              "version": extractor.version}
-    name = f"{config.dataset}-train-{extractor.name}"
-    name += f"-{extractor.sha256[:8]}" if extractor.sha256 else ""
-    path = Path(config.cache_dir) / "fid" / f"{name}.npz" if config.cache_dir else None
-    known = distributed.on_rank0(read_cache, path, about) if path else None
-    if known and not keep:
-        return known
-    stats = compute(ImageSet(f"{config.dataset} train", images), extractor, batch_size, keep)
-    if path and not known and distributed.rank() == 0:
-        write_npz(path, mu=stats.mu, sigma=stats.sigma, metadata=json.dumps(about))
+    name, digest = f"{config.dataset} train", hashlib.sha256(json.dumps(about).encode()).hexdigest()
+    file = f"{config.dataset}-train-{extractor.name}-{digest[:16]}.npz"
+    path = Path(config.cache_dir) / "fid" / file if config.cache_dir else None
+
+    def known():
+        if path and path.exists() and not keep:
+            try:
+                return read_statistics(name, data.read_npz(path))
+            except UserError as e:
+                warn(f"{e}; computing these statistics again")
+
+    if found := distributed.on_rank0(known):
+        return found
+    stats = compute(ImageSet(name, images), extractor, batch_size, keep)
+    if path and distributed.rank() == 0 and not (keep and path.exists()):
+        data.write_npz(path, mu=stats.mu, sigma=stats.sigma, metadata=json.dumps(about))
     return stats
-
-
-def read_cache(path, about):
-    """Statistics from a cache file, None where there is none or, said aloud, none that fits."""
-    try:
-        if not path.exists():
-            return None
-        arrays = read_npz(path)
-        known = json.loads(str(arrays.get("metadata", "{}")))
-        wrong = [f"{key} ({known.get(key)} there, {about[key]} now)" for key in about
-                 if known.get(key) != about[key]]
-        if not wrong:
-            return read_statistics(f"{about['dataset']} train", arrays)
-        reason = f"they differ in {', '.join(wrong)}"
-    except (UserError, OSError, ValueError, AttributeError, KeyError) as e:
-        reason = e
-    warn(f"the cached statistics {path} do not fit: {reason}; computing them again")

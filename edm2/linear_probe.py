@@ -1,9 +1,9 @@
 """Linear probe: linear classifiers on the block features of the denoiser (DDAE, arXiv 2303.09769).
 
 The network runs over the images once per draw of noise and flips, up to the last block asked for;
-its features are kept, and the epochs of the classifiers take turns on the draws.
-"""
+its features are kept, and the epochs of the classifiers take turns on the draws."""
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -51,8 +51,7 @@ class Probe:
     """Test accuracies of linear layers on a denoiser's features.
 
     sets: {TRAIN: (images (N,C,H,W) uint8, labels (N,) int64), TEST: ...}. seed: of noise, flips,
-    order and layers. passes: draws of noise and flips of each training image.
-    """
+    order and layers. passes: draws of noise and flips of each training image."""
 
     def __init__(self, config, denoiser, sets, seed=0, passes=5, batch_gpu=None):
         self.config, self.denoiser, self.sets = config, denoiser, sets
@@ -73,25 +72,25 @@ class Probe:
         (images, labels), n_passes = self.sets[kind], self.passes if kind == TRAIN else 1
         n, flip = len(images), 0.5 if kind == TRAIN and self.config.flip else 0
         starts = range(distributed.rank() * DRAW, n, distributed.world_size() * DRAW)
-        share = torch.tensor([i for start in starts for i in range(start, min(start + DRAW, n))],
-                             dtype=torch.int64)
-        row = torch.full([n], -1).scatter_(0, share, torch.arange(len(share)))
-        width = sum(self.widths[block] for block in blocks)
+        width, row = sum(self.widths[block] for block in blocks), torch.full([n], -1)
+        share = torch.arange(n)
+        share = share[share // DRAW % distributed.world_size() == distributed.rank()]
+        row[share] = torch.arange(len(share))
         place = data.placement(4 * n_passes * len(share) * width, self.device)
         values = torch.empty(n_passes, len(share), width, device=place)
         images = images.to(data.placement(images.nbytes, self.device))
         sigma, g = sigma_of(self.config, timestep), torch.Generator(self.device)
         with distributed.progress(n_passes * len(share), "img", desc="features") as bar:
-            for draw, start in ((draw, start) for draw in range(n_passes) for start in starts):
+            for draw, start in itertools.product(range(n_passes), starts):
                 g.manual_seed(diffusion.derive_seed(self.seed, draw, start, kind))
                 index = torch.arange(start, start + DRAW).clamp(max=n - 1)     # For torch.compile.
                 noise = torch.randn(DRAW, *images.shape[1:], generator=g, device=self.device)
                 flips = torch.rand(DRAW, generator=g, device=self.device) < flip
                 y = data.batch(images, index, self.device, flips)
-                rows = row[index[:min(DRAW, n - start)]]
-                found = self.pooled(y + sigma * noise, sigma, blocks)[:len(rows)]
-                values[draw, rows[0]:rows[-1] + 1] = found.to(place)
-                bar.update(len(rows))
+                first, m = row[start], min(DRAW, n - start)
+                found = self.pooled(y + sigma * noise, sigma, blocks)[:m]
+                values[draw, first:first + m] = found.to(place)
+                bar.update(m)
         if distributed.all_reduce((~values.sum().isfinite()).float().to(self.device)) > 0:
             raise UserError("the features are NaN or Inf: the network has diverged, or --amp_dtype "
                             "bfloat16 is needed")
@@ -112,14 +111,12 @@ class Probe:
         linear, widths, layers = self.config.linear, [self.widths[block] for block in blocks], []
         for block, width in zip(blocks, widths, strict=True):
             # As torch.nn.Linear begins; the same whatever other blocks there are.
-            number = list(self.widths).index(block) + 1
-            g = torch.Generator().manual_seed(
-                diffusion.derive_seed(self.seed, HEADS, timestep, number))
+            seed = self.seed, HEADS, timestep, list(self.widths).index(block) + 1
+            g = torch.Generator().manual_seed(diffusion.derive_seed(*seed))
             layers.append([torch.empty(shape).uniform_(-width ** -0.5, width ** -0.5, generator=g)
                            .to(self.device).requires_grad_()
                            for shape in ([width, self.n_classes], [self.n_classes])])
-        parameters = [p for layer in layers for p in layer]
-        optimizer = torch.optim.Adam(parameters, lr=linear.lrate, fused=True)
+        optimizer = torch.optim.Adam(itertools.chain(*layers), lr=linear.lrate, fused=True)
         steps = linear.n_epoch * -(-train.n // linear.batch_size)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
 
@@ -134,7 +131,7 @@ class Probe:
             optimizer.zero_grad()
             (sum(F.cross_entropy(z, y, reduction="sum") for z in logits(train.values[draws, rows]))
              / size).backward()
-            for p in parameters:
+            for p in itertools.chain(*layers):
                 distributed.all_reduce(p.grad)
             optimizer.step()
             schedule.step()

@@ -3,16 +3,14 @@
 For the latter power-function averages of two lengths or more are tracked in training and kept now
 and then; another length is put together from what was kept. A length is its sigma_rel, the standard
 deviation of its profile relative to the training so far. Not with ema_pytorch.PostHocEMA: its files
-hold counters in half precision, and it takes an update's number for the time, which is one more.
-"""
+hold counters in half precision, and it takes an update's number for the time, which is one more."""
 
 from pathlib import Path
 
 import torch
 from torch.nn.functional import pad
 
-from edm2 import checkpoint, diffusion
-from edm2.distributed import rank
+from edm2 import checkpoint, diffusion, distributed
 from edm2.errors import UserError, warn
 
 WORST = 0.1     # Of a profile's error, relative in the L2 norm: above there is no reconstruction.
@@ -43,13 +41,11 @@ class Averages:
     def state(self):
         """What a checkpoint holds of them."""
         model, step = self.ema.ema_model, self.ema.step.item()
-        state = {"ema": model.state_dict(), "ema_step": step, "posthoc": {}}
-        if self.posthoc:
-            state["posthoc"] = {
-                "updates": step, "gammas": [average.gamma for average in self.posthoc],
-                "parameters": [name for name, _ in model.named_parameters()],
-                "averages": [average.ema_model.state_dict() for average in self.posthoc]}
-        return state
+        posthoc = self.posthoc and {
+            "updates": step, "gammas": [average.gamma for average in self.posthoc],
+            "parameters": [name for name, _ in model.named_parameters()],
+            "averages": [average.ema_model.state_dict() for average in self.posthoc]}
+        return {"ema": model.state_dict(), "ema_step": step, "posthoc": posthoc or {}}
 
     def restore(self, saved):
         """Take over what state() gave."""
@@ -62,7 +58,7 @@ class Averages:
     def keep(self, step, total_steps):
         """In rank 0, now and then, write a snapshot of the post-hoc ones: save_dir/ema/*.pth."""
         every = max(1, total_steps // self.config.posthoc_ema.snapshots)
-        if self.posthoc and rank() == 0 and step % every == 0:
+        if self.posthoc and distributed.rank() == 0 and step % every == 0:
             path = Path(self.config.save_dir) / "ema" / f"{step}.pth"
             checkpoint.save(path, snapshot(self.state()["posthoc"], step))
 

@@ -3,24 +3,19 @@
 Some runs:            python -m edm2.results runs/cifar10/C runs/cifar10/E
 All that lie in runs: python -m edm2.results
 Training dynamics:    python -m edm2.results --dynamics runs/cifar10/C runs/cifar10/E runs/cifar10/G
-Scores by EMA length: python -m edm2.results --ema runs/cifar10/G
-"""
+Scores by EMA length: python -m edm2.results --ema runs/cifar10/G"""
 
 import argparse
 import json
 import math
-import os
 import shlex
 import sys
 from datetime import datetime
 from importlib import metadata
 from pathlib import Path
 
-from edm2 import dynamics
-from edm2.diffusion import device_name
+from edm2 import diffusion, distributed, dynamics, files, frechet
 from edm2.errors import UserError, command, warn
-from edm2.files import atomic
-from edm2.frechet import N_FID
 
 NAMES = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "tinyimagenet": "Tiny ImageNet"}
 # The samples that the table compares.
@@ -31,16 +26,15 @@ def main():
     """Parse the command line, print the table, draw the curves."""
     p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("runs", nargs="*", metavar="RUN",
-                   help="save_dir of a run, or a folder of several (default: ./runs)")
-    p.add_argument("--out", metavar="PNG", help="default: results.png, dynamics.png or ema.png")
-    what = p.add_mutually_exclusive_group()
-    what.add_argument("--dynamics", nargs="+", metavar="RUN", help="draw the training dynamics")
-    what.add_argument("--ema", metavar="RUN", help="draw scores by the relative length of the EMA")
-    p.add_argument("--figure", help="with --ema: the score, such as FID or probe (default: all)")
+    add = p.add_argument
+    add("runs", nargs="*", metavar="RUN", help="save_dir of a run, or of several (default: ./runs)")
+    add("--out", metavar="PNG", help="default: results.png, dynamics.png or ema.png")
+    add("--dynamics", nargs="+", metavar="RUN", help="draw the training dynamics")
+    add("--ema", metavar="RUN", help="draw scores by the relative length of the EMA")
+    add("--figure", help="with --ema: the score, such as FID or probe (default: all)")
     args = p.parse_args()
-    if args.runs and (args.dynamics or args.ema):
-        p.error("name the runs after --dynamics or --ema alone")
+    if bool(args.runs) + bool(args.dynamics) + bool(args.ema) > 1:
+        p.error("name runs alone, or after --dynamics, or one after --ema")
     if args.figure and not args.ema:
         p.error("--figure needs --ema")
     if args.dynamics:
@@ -58,8 +52,9 @@ def main():
     print(text)
     figure = draw(rows, "relative EMA length, sigma_rel" if args.ema else
                   "training images seen (millions)", log=bool(args.dynamics))
-    out = args.out or f"{'dynamics' if args.dynamics else 'ema' if args.ema else 'results'}.png"
-    with atomic(out) as temporary:
+    out = args.out or ("dynamics.png" if args.dynamics else "ema.png" if args.ema else
+                       "results.png")
+    with files.atomic(out) as temporary:
         figure.savefig(temporary, format="png")
     print(f"curves: {out}")
 
@@ -72,25 +67,23 @@ def record(config, results, device):
               "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
               "versions": {name: metadata.version(name)
                            for name in ("torch", "torchvision", "torch-fidelity", "numpy")},
-              "processes": int(os.environ.get("WORLD_SIZE", 1)), "device": device_name(device),
+              "processes": distributed.world_size(), "device": diffusion.device_name(device),
               "date": datetime.now().astimezone().isoformat(timespec="seconds")}
-    B = config.batch_size
-    with open(Path(config.save_dir) / "results.jsonl", "a") as file:
-        for _, line in results:
+    folder, B = Path(config.save_dir), config.batch_size
+    # TensorBoard's in a folder of their own: training may still write its own.
+    with (open(folder / "results.jsonl", "a") as file,
+          SummaryWriter(folder / "tensorboard" / "scores") as board):
+        for name, line in results:
             mimg = (line["epoch"] + 1) * (line["n_reference"] // B) * B / 1e6
             file.write(json.dumps(line | {"Mimg": mimg} | common) + "\n")
-    # In a folder of their own: training may still write its own.
-    with SummaryWriter(Path(config.save_dir) / "tensorboard" / "scores") as board:
-        for name, line in results:
             board.add_scalar(name, line["value"], line["epoch"])
 
 
 def scored(folder):
     """The runs in or below a folder. Raises UserError where there are none."""
-    found = sorted(str(path.parent) for path in Path(folder).rglob("results.jsonl"))
-    if not found:
-        raise UserError(f"no results.jsonl in or below {folder}: use fid.py or probe.py first")
-    return found
+    if found := sorted(str(path.parent) for path in Path(folder).rglob("results.jsonl")):
+        return found
+    raise UserError(f"no results.jsonl in or below {folder}: use fid.py or probe.py first")
 
 
 def read(run, standard=STANDARD):
@@ -98,8 +91,8 @@ def read(run, standard=STANDARD):
     are named. Raises UserError where there are none."""
     def check(line):
         line["sampling"] = {"sigma_rel": line.get("sigma_rel")} | (line.get("sampling") or {})
-        line["key"] = json.dumps([line[key] for key in ("figure", "epoch", "n", "features", "seeds",
-                                                        "sampling")] + [line.get("timestep")])
+        line["key"] = str([line.get("timestep"), *(line[key] for key in (
+            "figure", "epoch", "n", "features", "seeds", "sampling"))])
         line["config"], line["dataset"] = line["net_type"][-1], str(line["dataset"])
         if not all(math.isfinite(line[name]) for name in ("value", "Mimg", "epoch", "n")):
             raise ValueError
@@ -129,7 +122,8 @@ def curve(lines, metric):
     groups, less = {}, is_distance(metric)
     for line in sorted(lines, key=lambda line: line["value"], reverse=less):    # The best last.
         if line["figure"] == metric:
-            kind = (min(line["n"], N_FID),) if less else (line.get("timestep"), line["features"])
+            kind = ((min(line["n"], frechet.N_FID),) if less else
+                    (line.get("timestep"), line["features"]))
             groups.setdefault(kind, {})[line["epoch"]] = line
     if not groups:
         return [], ""
@@ -137,7 +131,7 @@ def curve(lines, metric):
         line["value"] for line in groups[kind].values())))
     equal = sum(len(group) == len(groups[chosen]) for group in groups.values())
     if less:
-        remark = f" (n={chosen[0]:,})" * (chosen[0] < N_FID)
+        remark = f" (n={chosen[0]:,})" * (chosen[0] < frechet.N_FID)
     else:
         remark = f" (t={chosen[0]} {chosen[1]}" + f", best of {equal}" * (equal > 1) + ")"
         remark *= len(groups) > 1

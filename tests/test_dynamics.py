@@ -125,7 +125,7 @@ def test_dynamics_are_drawn_and_bad_input_is_refused(tmp_path):
     for arguments, words in (
             (["--dynamics", tmp_path / "no"], [f"{tmp_path}/no/dynamics.jsonl", "dynamics_every"]),
             (["--dynamics", good, other], ["same data", "digits", "cifar10"]),
-            (["--dynamics", good, "--ema", good], ["not allowed with"]),
+            (["--dynamics", good, "--ema", good], ["name runs alone"]),
             (["--figure", "FID"], ["--ema"]), ([good, "--dynamics", good], ["alone"])):
         refused("results.py", *arguments, "--out", out, words=words)
     done = run("results.py", "--dynamics", empty, "--out", out)

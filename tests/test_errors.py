@@ -63,7 +63,7 @@ def written(folder):
     ("sample.py RUN --n_samples 2 --out pets/dogs/2.png", "pets/dogs/2.png … File exists"),
     ("fid.py RUN", "no images of epoch 3 in … samples/3 … python sample.py --config … --epoch 3"),
     ("fid.py RUN --images pets", "pets, no settings.json: make"), ("fid.py A", "A B"),
-    ("fid.py RUN --features pixels --weights x", "no weights"), ("fid.py RUN A B", "A B"),
+    ("fid.py RUN --features pixels --weights x", "--features inception"), ("fid.py RUN A B", "A B"),
     ("fid.py A B --epoch 1", "--config"), ("fid.py A B --metrics fd", "--metrics … 'fd'"),
     ("fid.py no.npz pets", "no.npz"), ("fid.py . . --features pixels", "no images"),
     ("probe.py RUN --timesteps 19", "18, not '19'"), ("probe.py RUN --timesteps 5-3", "'5-3' is"),
