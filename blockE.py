@@ -1,8 +1,7 @@
 """Layers and blocks of Config E of EDM2: Config C with magnitude-preserving learned layers
 (Config D, Eq. 37-47) and forced weight normalization (Config E, Eq. 60-67 and Alg. 1).
 
-Activations are (B,C,H,W), embeddings (B,C). Meant to be read with `diff blockC.py blockE.py` and
-`diff blockE.py blockG.py`: every hunk is one change of the paper."""
+Activations are (B,C,H,W). Every hunk of `diff blockC.py blockE.py` is a change of the paper."""
 
 import math
 
@@ -72,8 +71,7 @@ class GroupNorm(nn.Module):
         self.groups = min(groups, channels // 4)
         if self.groups == 0 or channels % self.groups:
             raise ValueError(f"{channels} channels cannot be divided into {max(self.groups, 1)} "
-                             f"groups of 4 or more by group norm: choose n_channels and ch_mults "
-                             f"with widths that are multiples of 32")
+                             f"groups of 4 or more by group norm: choose multiples of 32")
 
     def forward(self, x):
         return normalize(x.unflatten(1, (self.groups, -1)), dim=(2, 3, 4)).flatten(1, 2)
@@ -137,8 +135,7 @@ class Block(nn.Module):
         channels_per_head = None,   # Width of an attention head; None: one head.
     ):
         super().__init__()
-        self.dropout = dropout
-        self.resample_mode = resample_mode
+        self.dropout, self.resample_mode = dropout, resample_mode
         self.norm0 = GroupNorm(in_channels)
         self.conv0 = Conv2d(in_channels, out_channels, 3)
         self.emb = Linear(emb_channels, out_channels)

@@ -1,8 +1,7 @@
 """Layers and blocks of Config G (EDM2 Fig. 21): Config E without group norms (Config F, B.6) and
 with magnitude-preserving fixed functions (Config G, Eq. 68-104).
 
-Activations are (B,C,H,W), embeddings (B,C). Meant to be read with `diff blockC.py blockE.py` and
-`diff blockE.py blockG.py`: every hunk is one change of the paper."""
+Activations are (B,C,H,W). Every hunk of `diff blockC.py blockE.py` is a change of the paper."""
 
 import math
 
@@ -139,8 +138,7 @@ class Block(nn.Module):
         decoder = False,            # Decoder kind: no pixel norm, residual branch on unprojected x.
     ):
         super().__init__()
-        self.dropout = dropout
-        self.resample_mode = resample_mode
+        self.dropout, self.resample_mode = dropout, resample_mode
         self.decoder = decoder
         self.conv0 = Conv2d(in_channels if decoder else out_channels, out_channels, 3)
         self.emb = Linear(emb_channels, out_channels)

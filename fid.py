@@ -6,7 +6,6 @@ Several GPUs:                 torchrun --nproc_per_node=4 fid.py --config config
 Without weights:              python fid.py --config config/digits/G.yaml --features pixels
 Any two sets (image folders, .npz of uint8 images or of mu and sigma):  python fid.py A B"""
 
-import json
 import shlex
 import statistics
 import time
@@ -46,9 +45,9 @@ def main():
     device = distributed.init()
     sets = distributed.on_rank0(find_sets, config, args) if config else None
     pair = [frechet.open_set(path, args.n_samples) for path in args.paths]
-    extractor = None
-    if config or not all(isinstance(one, frechet.Statistics) for one in pair):
-        extractor = features.Extractor(args.features, device, args.weights, args.weights_sha256)
+    known = pair and all(isinstance(one, frechet.Statistics) for one in pair)
+    extractor = None if known else features.Extractor(args.features, device, args.weights,
+                                                      args.weights_sha256)
     if config:
         score_run(config, args, sets, extractor)
     else:
@@ -88,8 +87,7 @@ def score_run(config, args, sets, extractor):
         if distributed.rank() > 0:
             continue
         made = next(iter(folders.values()))
-        common = {
-            "seeds": [one.get("seed") for one in folders.values()],
+        common = {"seeds": [one.get("seed") for one in folders.values()],
             "sampling": {key: made.get(key) for key in (*results.STANDARD, "precision")},
             "n": samples.n, "n_reference": reference.n, "epoch": epoch, "features": extractor.name,
             "weights_sha256": extractor.sha256, "features_version": extractor.version,
@@ -98,26 +96,24 @@ def score_run(config, args, sets, extractor):
         for name in scores[0]:
             values = [found[name] for found in scores]
             best = (max if name.split("(")[0] in ("IS", "precision", "recall") else min)(values)
-            line = {"figure": name, "value": best} | common
-            if len(values) > 1:
-                line |= {"values": values, "mean": statistics.mean(values)}
-                print(f"{name} of {len(values)} seeds: best {best:.6g}, mean {line['mean']:.6g}")
-            lines.append((name + length, line))
+            several = {"values": values, "mean": statistics.mean(values)} if values[1:] else {}
+            if several:
+                print(f"{name} of {len(values)} seeds: best {best:.6g}, mean {several['mean']:.6g}")
+            lines.append((name + length, {"figure": name, "value": best} | common | several))
         results.record(config, lines, extractor.device)
 
 
 def find_sets(config, args):
-    """{epoch: {folder of each seed: its settings}} that the command line asks for. Raises UserError
-    with the command that makes what is missing, and for images of something else."""
+    """{epoch: {each seed's folder: its settings}}. UserError with the command for missing ones."""
     asked, sets = checkpoint.epochs(config) if args.epoch == "all" else args.epoch, {}
     if args.images:
-        asked = [read_settings(args.images).get("epoch")]
+        asked = [features.read_settings(args.images).get("epoch")]
     for epoch in dict.fromkeys(checkpoint.find(config, epoch) for epoch in asked or [None]):
         path, n = checkpoint.path_of(config, epoch), args.n_samples
         for seed in range(args.repeat):
             variant = f"_seed{seed}" if seed else ""
             folder = args.images or features.samples_folder(config, epoch, variant, args.sigma_rel)
-            settings = read_settings(folder)
+            settings = features.read_settings(folder)
             if args.epoch == "all" and seed == 0 and not settings:
                 warn(f"epoch {epoch} is left out: no samples")
                 break
@@ -137,14 +133,6 @@ def find_sets(config, args):
                 raise UserError(f"{folder} lacks {len(missing):,} images, {missing[0]}: {make}")
             sets.setdefault(epoch, {})[str(folder)] = settings
     return sets
-
-
-def read_settings(folder):
-    """What sample.py wrote about a folder's images, {} where that is missing or damaged."""
-    try:
-        return json.loads((Path(folder) / "settings.json").read_text())
-    except (OSError, ValueError):
-        return {}
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ from edm2 import checkpoint, data, diffusion, distributed, features, files, flag
 from edm2.config import Count, Index, Unit, load_config
 from edm2.errors import UserError, command
 
-BATCH = {"cuda": 512, "cpu": 64}        # Images made together: their rounding depends on it.
 PNG = "images/{:06d}.png"               # Image i of a folder.
 
 
@@ -47,8 +46,8 @@ def main():
                + f"_steps{args.steps}" * (args.steps != 18) + f"_eta{args.eta:g}" * (args.eta > 0)
                + "_clip" * args.clip_denoised)
     folder = Path(args.out or features.samples_folder(config, epoch, variant, args.sigma_rel))
-    shaping = "weights", "sigma_rel", "seed", "steps", "eta", "clip_denoised"
-    settings = {name: getattr(args, name) for name in shaping} | {
+    settings = {name: getattr(args, name) for name in (
+        "weights", "sigma_rel", "seed", "steps", "eta", "clip_denoised")} | {
         "checkpoint_sha256": files.sha256(checkpoint.path_of(config, epoch)), "epoch": epoch,
         "precision": flags.precision(dtype), **config.model_dump(include={"diffusion", "network"})}
     with contextlib.ExitStack() as stack:
@@ -62,14 +61,11 @@ def main():
 
 
 def claim(folder, settings, n_samples):
-    """Note in settings.json what decides what the images look like; return the numbers of those
-    that are missing. Raises UserError where the folder holds others."""
+    """Note the settings; return the numbers of missing images. UserError: of other settings."""
     path, n_noted = folder / "settings.json", n_samples
     if path.exists() or any(folder.glob("images/*")):
-        try:
-            made = dict(json.loads(path.read_text()))
-        except (OSError, ValueError, TypeError):
-            raise UserError(f"{path} is damaged or missing: remove {folder} or say --out") from None
+        if not (made := features.read_settings(folder)):
+            raise UserError(f"{path} is damaged or missing: remove {folder} or say --out")
         n_noted = max(n_samples, made.get("n_samples", 0))
         if changed := [f"{key} {made.get(key)!r} there, {value!r} here"
                        for key, value in settings.items() if made.get(key) != value]:
@@ -86,7 +82,7 @@ def write_images(denoiser, missing, args, folder):
     the last one goes beyond n_samples, so that torch.compile sees one shape."""
     n, missing, written = args.n_samples, set(missing), []
     on_gpu = next(denoiser.parameters()).is_cuda
-    size = min(args.batch_gpu or BATCH["cuda" if on_gpu else "cpu"], n)
+    size = min(args.batch_gpu or (512 if on_gpu else 64), n)    # Rounding depends on it.
     batches = [range(i, i + size if on_gpu else min(i + size, n)) for i in range(0, n, size)]
     batches = [batch for batch in batches if not missing.isdisjoint(batch)]
     with ThreadPoolExecutor(8) as pool, distributed.progress(len(missing), "img") as bar:

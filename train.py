@@ -119,8 +119,7 @@ def learning_rate(config, step, steps_per_epoch):
 
 
 def end_epoch(run, images, evaluator, log, signals):
-    """Sample grid, evaluation and, last, the checkpoint, where they are due; a run that goes on
-    from before or from here does all of it again, with the same result."""
+    """What is due, the checkpoint last: a run that goes on does all of it again, the same."""
     config, epoch = run.config, run.step // run.steps_per_epoch - 1
     save_due, eval_due = (every and (epoch % every == 0 or run.step == run.total_steps)
                           for every in (config.save_every, config.eval_every))
@@ -171,8 +170,7 @@ class Run:
     def count_step(self, grad_norm):
         """One step more. NaN and Inf gradients are counted; a count of MAX_BAD_STEPS stays."""
         good = torch.isfinite(grad_norm) & (self.bad_steps < MAX_BAD_STEPS)
-        self.bad_steps = torch.where(good, 0, self.bad_steps + 1)
-        self.step += 1
+        self.bad_steps, self.step = torch.where(good, 0, self.bad_steps + 1), self.step + 1
         self.averages.keep(self.step, self.total_steps)
 
     def check_gradients(self):
@@ -186,8 +184,7 @@ class Run:
         self.check_gradients()
         n_images = (self.step - self.window) * self.config.batch_size
         loss, unweighted = (distributed.all_reduce(self.loss_sum) / n_images).tolist()
-        self.loss_sum.zero_()
-        self.window = self.step
+        self.loss_sum, self.window = torch.zeros_like(self.loss_sum), self.step
         return {"epoch": (self.step - 1) // self.steps_per_epoch,
                 "Mimg": self.step * self.config.batch_size / 1e6,
                 "loss": loss, "loss_unweighted": unweighted, "lr": lr,
@@ -196,8 +193,7 @@ class Run:
     def save(self, path):
         """Write a checkpoint, plain tensors and plain values; all processes call it."""
         self.check_gradients()              # What is saved can go on.
-        state = self.averages.state() | {
-            "network": self.denoiser.net.state_dict(),
+        state = self.averages.state() | {"network": self.denoiser.net.state_dict(),
             "uncertainty": self.denoiser.uncertainty.state_dict(),
             "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
             "step": self.step, "epoch": (self.step - 1) // self.steps_per_epoch,

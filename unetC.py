@@ -10,8 +10,7 @@ from blockC import Block, Conv2d, Fourier, GroupNorm, Linear
 
 
 class UNetC(nn.Module):
-    """F(x; c_noise): x (B,C,H,W) and c_noise (B,) to (B,C,H,W). Raises ValueError for widths that
-    group norm or the attention heads cannot divide."""
+    """F(x; c_noise), (B,C,H,W) and (B,) to (B,C,H,W). ValueError: widths that do not divide."""
 
     def __init__(self,
         image_shape = (3, 32, 32),              # Channels, height, width of an image.
@@ -66,8 +65,8 @@ class UNetC(nn.Module):
         self.out_conv = Conv2d(channels, image_shape[0], 3)
 
     def forward(self, x, c_noise, return_features=False):
-        """Return F (B,C,H,W); with return_features also {"out_1": ..., "out_2": ...}, each decoder
-        block's output; with return_features a block's name the decoder ends there and F is None."""
+        """F (B,C,H,W); with return_features also each decoder block's output, {"out_1": ..., ...};
+        with a block's name there, the decoder ends with it and F is None."""
         # Noise embedding.
         emb = F.silu(self.emb0(self.fourier(c_noise)))
         emb = F.silu(self.emb1(emb))

@@ -9,8 +9,7 @@ from blockG import Block, Conv2d, Fourier, Linear, mp_cat, mp_silu
 
 
 class UNetG(nn.Module):
-    """F(x; c_noise): x (B,C,H,W) and c_noise (B,) to (B,C,H,W). Raises ValueError for widths that
-    the attention heads cannot divide."""
+    """F(x; c_noise), (B,C,H,W) and (B,) to (B,C,H,W). ValueError: widths that do not divide."""
 
     def __init__(self,
         image_shape = (3, 32, 32),              # Channels, height, width of an image.
@@ -65,8 +64,8 @@ class UNetG(nn.Module):
         self.out_gain = nn.Parameter(torch.zeros([]))   # Learned, from 0 (Config G, Fig. 21)
 
     def forward(self, x, c_noise, return_features=False):
-        """Return F (B,C,H,W); with return_features also {"out_1": ..., "out_2": ...}, each decoder
-        block's output; with return_features a block's name the decoder ends there and F is None."""
+        """F (B,C,H,W); with return_features also each decoder block's output, {"out_1": ..., ...};
+        with a block's name there, the decoder ends with it and F is None."""
         # Noise embedding.
         emb = mp_silu(self.emb0(self.fourier(c_noise)))
 

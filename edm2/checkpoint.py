@@ -42,14 +42,12 @@ def existing(config):
 
 
 def find(config, epoch=None):
-    """The epoch of the checkpoint meant by `epoch`: None the newest, n_epoch the last one of a run.
-    Raises UserError with the list of existing ones where there is none."""
+    """The epoch meant: None the newest, n_epoch the last. UserError: there is no such one."""
     found, folder = epochs(config), path_of(config, 0).parent
     if not found:
         raise UserError(f"no checkpoints in {folder}: train first")
-    epoch = found[-1] if epoch is None else epoch
-    if epoch not in found and epoch == config.n_epoch:
-        epoch -= 1
+    asked = found[-1] if epoch is None else epoch
+    epoch = asked - 1 if asked == config.n_epoch and asked not in found else asked
     if epoch not in found:
         raise UserError(f"no checkpoint of epoch {epoch} in {folder}, only of {found}")
     return epoch
@@ -57,7 +55,6 @@ def find(config, epoch=None):
 
 def save(path, state):
     """Write a dict of tensors and plain values; latest.pth until now becomes latest_before.pth."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     if path.name == "latest.pth" and path.exists():
         path.replace(path.with_name("latest_before.pth"))
     with atomic(path) as temporary, open(temporary, "wb") as file:
@@ -65,9 +62,8 @@ def save(path, state):
 
 
 def load(path, keys=("network", "ema", "optimizer", "step", "config"), mmap=False):
-    """Read what save() wrote, to the CPU; runs no code from it. Raises Damaged for a file that was
-    changed (torch.save makes a zip file, whose checksums torch.load does not look at), holds code
-    or lacks one of `keys`; another UserError where it cannot be read."""
+    """Read what save() wrote, to the CPU; runs no code from it. Raises Damaged for a changed file
+    (torch.load ignores the zip's checksums), code, or missing `keys`; UserError: unreadable."""
     try:
         with zipfile.ZipFile(path) as file:
             if part := file.testzip():
@@ -125,10 +121,10 @@ def choose(config, fresh):
 
 def restore(module, state_dict):
     """Load a state dict into a module. Raises UserError naming a tensor that does not fit."""
-    own = module.state_dict()
-    for name in [*own, *state_dict]:
-        if name not in state_dict or name not in own or own[name].shape != state_dict[name].shape:
-            raise UserError(f"the checkpoint is of another network: they differ in {name}")
+    here, there = ({(name, x.shape) for name, x in state.items()}
+                   for state in (module.state_dict(), state_dict))
+    if here != there:
+        raise UserError(f"a checkpoint of another network: they differ in {min(here ^ there)[0]}")
     module.load_state_dict(state_dict)
 
 

@@ -27,8 +27,7 @@ def to_number(value):
 
 Number = Annotated[float, BeforeValidator(to_number), Field(allow_inf_nan=False, ge=-1e9, le=1e9)]
 NotNegative, Positive = Annotated[Number, Field(ge=0)], Annotated[Number, Field(gt=0)]
-Fraction = Annotated[Number, Field(ge=0, lt=1)]
-Unit = Annotated[Number, Field(ge=0, le=1)]
+Fraction, Unit = Annotated[Number, Field(ge=0, lt=1)], Annotated[Number, Field(ge=0, le=1)]
 Sigma = Annotated[Number, Field(ge=1e-6, le=1e6)]       # A noise level, of pixels in [-1,1].
 SigmaRel = Annotated[Number, Field(ge=0.02, le=0.28)]   # Of an EMA: none is longer than 0.289.
 Whole = Annotated[int, BeforeValidator(to_number), Field(le=2**53)]

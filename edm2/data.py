@@ -31,16 +31,15 @@ def load(config, train=True):
         try:
             arrays = read_npz(kept)
             return torch.from_numpy(arrays["images"]), torch.from_numpy(arrays["labels"])
-        except (UserError, KeyError) as e:
+        except UserError as e:
             warn(f"{e}; decoding the data set again")
     load_set = {"digits": load_digits, "cifar10": load_cifar, "cifar100": load_cifar,
                 "tinyimagenet": load_tinyimagenet, "folder": load_folder}[config.dataset]
     shape = tuple(config.network.image_shape)
     images, labels = load_set(config.dataset, Path(config.data_root), train, shape)
-    labels = np.array(labels, np.int64)
     if kept := kept or cache_path(config, train):
-        write_npz(kept, images=images, labels=labels)
-    return torch.from_numpy(images), torch.from_numpy(labels)
+        write_npz(kept, images=images, labels=np.array(labels, np.int64))
+    return torch.from_numpy(images), torch.tensor(labels, dtype=torch.int64)
 
 
 def load_digits(name, root, train, shape):
@@ -68,6 +67,7 @@ def load_cifar(name, root, train, shape):
 
 def load_tinyimagenet(name, root, train, shape):
     """Tiny ImageNet in its original layout, (3,64,64). A label is the rank of the sorted wnid."""
+    from torchvision.datasets import ImageFolder
     folder = root / "tiny-imagenet-200"
     fetch("Tiny ImageNet", TINY_URL, TINY_MD5, folder)
     remedy = f"remove {folder} to download it again"
@@ -78,8 +78,7 @@ def load_tinyimagenet(name, root, train, shape):
         if train:
             if names := rank.keys() ^ {p.name for p in part.iterdir() if p.is_dir()}:
                 raise ValueError(f"it and wnids.txt differ in {min(names)}")
-            found = [(path, rank[wnid]) for wnid in rank for path in sorted(
-                part.glob(f"{wnid}/images/*.JPEG")) or [part / wnid / "images/no images"]]
+            found = ImageFolder(part).samples
         else:
             rows = [line.split("\t")[:2] for line in part.read_text("utf-8").splitlines()]
             found = [(folder / "val/images" / image, rank[wnid]) for image, wnid in rows]
@@ -137,8 +136,7 @@ def decode_image(path, shape=None, remedy="replace or remove it"):
 
 
 def cache_path(config, train):
-    """The .npz of the decoded data set, named by a hash of sources, image shape and decoder; None
-    where nothing is to be kept, or nothing is there yet."""
+    """The decoded set's .npz, by a hash of sources, shape, decoder; None: not kept, or no source"""
     root, split = Path(config.data_root), "train" if train else "test"
     folders = {"cifar10": ["cifar-10-batches-py"], "cifar100": ["cifar-100-python"],
                "tinyimagenet": ["tiny-imagenet-200"]}.get(config.dataset) or (
@@ -159,7 +157,6 @@ def cache_path(config, train):
 def write_npz(path, **arrays):
     """Leave arrays in a cache; where that fails, say so and go on."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         with files.atomic(path) as temporary, open(temporary, "wb") as file:
             np.savez(file, **arrays)
     except (UserError, OSError) as e:

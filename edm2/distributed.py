@@ -84,15 +84,14 @@ def all_reduce(tensor):
 
 def on_rank0(function, *args):
     """Return in all processes what a function returns in rank 0, or raise its UserError there."""
-    value = error = None
+    box = [None, None]
     try:
-        value = function(*args) if rank() == 0 else None
+        box[0] = function(*args) if rank() == 0 else None
     except UserError as e:
-        error = e
+        box[1] = e
     if world_size() > 1:
-        box = [value, error]
         dist.broadcast_object_list(box)
-        value, error = box
+    value, error = box
     if error:
         error.said = rank() > 0
         raise error

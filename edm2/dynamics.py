@@ -103,8 +103,7 @@ class Recorder:
 
 
 def block_groups(net, H, W):
-    """{"encoder.0": "encoder 32x32", ...}: where a block stands and the size of its output, of
-    images of H x W; the middle counts to the decoder."""
+    """{"encoder.0": "encoder 32x32", ...}, by the output size; the middle is of the decoder."""
     groups = {"stem": f"encoder {H}x{W}", "out_conv": f"decoder {H}x{W}"}
     for part in ("encoder", "middle", "decoder"):
         for i, block in enumerate(getattr(net, part)):
@@ -115,8 +114,7 @@ def block_groups(net, H, W):
 
 
 def read_lines(path, check, remedy):
-    """The lines of a file of JSON lines for which check(line) raises nothing; others are named.
-    Raises UserError where there are none."""
+    """The JSON lines of a file that check(line) accepts; others are named. UserError: none."""
     found, rows = [], path.read_text(errors="replace").splitlines() if path.exists() else []
     for row in filter(str.strip, rows):
         try:

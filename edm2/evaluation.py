@@ -22,16 +22,13 @@ def sample_grid(denoiser, images, config, epoch):
     real = images[::max(1, len(images) // n)][:n]
     image = torch.cat([data.grid(part.cpu(), math.ceil(math.sqrt(n)))
                        for part in (distributed.all_reduce(samples), real)], dim=1)
-    path = Path(config.save_dir) / "grids" / f"{epoch:04d}.png"
     if distributed.rank() == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        data.save_png(image, path)
+        data.save_png(image, Path(config.save_dir) / "grids" / f"{epoch:04d}.png")
     return image
 
 
 class Evaluator:
-    """What a config's `eval` asks for, and all that it needs. images, labels: the training set's.
-    Raises UserError, before training, where data or weights are missing."""
+    """What a config's `eval` asks for. UserError, before training: data or weights are missing."""
 
     def __init__(self, config, images, labels, device, batch_gpu=None):
         self.config, self.batch_gpu = config, batch_gpu
@@ -77,9 +74,8 @@ class Evaluator:
 
 @torch.no_grad()
 def held_out_loss(denoiser, images, batch_size=None):
-    """The unweighted EDM loss per pixel of images (N,C,H,W) uint8 at each of LEVELS, and the mean:
-    {"heldout_loss": ..., "heldout_loss/0.02": ..., ...}. The noise of an image is a function of its
-    number alone: the same at every level, in every run and process."""
+    """The unweighted EDM loss per pixel of images (N,C,H,W) uint8 at LEVELS, and their mean, by
+    name. Noise is a function of the image's number: the same at every level, in every run."""
     n, device = len(images), next(denoiser.parameters()).device
     total = torch.zeros(len(LEVELS), dtype=torch.float64, device=device)
     for chunk in range(distributed.rank(), -(-n // CHUNK), distributed.world_size()):

@@ -1,5 +1,6 @@
 """Image sets -> features of Inception-v3 or DINOv2, or the pixels themselves."""
 
+import json
 from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
@@ -24,8 +25,7 @@ SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", "
 
 
 class ImageSet:
-    """Images of one size: an array or tensor (N,C,H,W) uint8, or a list of paths, read when asked
-    for; gray ones get the channels of the first."""
+    """Images (N,C,H,W) uint8 of one size, or paths; gray ones get the channels of the first."""
 
     def __init__(self, name, items, limit=None):
         self.name, self.items, self.shape = name, items[:limit], None
@@ -58,6 +58,14 @@ def samples_folder(config, epoch, variant="", sigma_rel=None):
     """The folder of the images that sample.py makes from the checkpoint of `epoch`."""
     length = "" if sigma_rel is None else f"_sigma_rel{sigma_rel:g}"
     return Path(config.save_dir) / "samples" / f"{epoch}{length}{variant}"
+
+
+def read_settings(folder):
+    """What sample.py wrote about a folder's images, {} where that is missing or damaged."""
+    try:
+        return dict(json.loads((Path(folder) / "settings.json").read_text()))
+    except (OSError, ValueError, TypeError):
+        return {}
 
 
 class Extractor:

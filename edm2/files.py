@@ -34,6 +34,7 @@ def atomic(path):
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
@@ -43,7 +44,8 @@ def atomic(path):
         reason = getattr(reason, "strerror", None) or reason
         raise UserError(f"cannot write {path}: {reason}") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def remove_temporaries(folder):

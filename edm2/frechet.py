@@ -51,8 +51,7 @@ class Moments:
 
 
 def compute(images, extractor, batch_size=None, keep=False):
-    """The Statistics of an ImageSet, by all processes; with `keep`, the features too. UserError for
-    one image, and for Statistics whose features are asked for."""
+    """An ImageSet's Statistics, by all processes; `keep`: with features. UserError: one image."""
     if isinstance(images, Statistics):
         if keep:
             raise UserError(f"{images.name} holds statistics: --metrics needs the images")
@@ -91,8 +90,7 @@ def read_statistics(name, arrays):
 
 
 def open_set(path, limit=None):
-    """The ImageSet of a folder, of one that sample.py made, or of an .npz; or the Statistics that
-    the .npz holds. Raises UserError where it is none of these."""
+    """The ImageSet of a folder, sample.py's too, or an .npz; or the Statistics that it holds."""
     folder = Path(path)
     if folder.is_dir():
         made = (folder / "settings.json").exists() and (folder / "images").is_dir()

@@ -28,8 +28,7 @@ def check_blocks(config, blocks, name="linear.blockname"):
     """Raise UserError for a block that the config's network does not have."""
     widths = block_widths(config)
     if unknown := [block for block in blocks if block not in widths]:
-        raise UserError(f"{name} {unknown[0]}: this network has no such block; its blocks are "
-                        f"{', '.join(widths)}")
+        raise UserError(f"{name} {unknown[0]}: the network's blocks are {', '.join(widths)}")
 
 
 def sigma_of(config, timestep):
@@ -106,8 +105,7 @@ class Probe:
         return torch.cat(found)
 
     def classify(self, train, test, timestep, blocks):
-        """Train a linear layer per block on BlockFeatures, with Adam, cosine to 0; return the test
-        accuracies in per cent."""
+        """The test accuracies (%) of a linear layer per block, by Adam, its rate cosine to 0."""
         linear, widths, layers = self.config.linear, [self.widths[block] for block in blocks], []
         for block, width in zip(blocks, widths, strict=True):
             # As torch.nn.Linear begins; the same whatever other blocks there are.
@@ -142,8 +140,7 @@ class Probe:
         return [100 * right / test.n for right in distributed.all_reduce(correct).tolist()]
 
     def batches(self, train, steps):
-        """Yield this process's rows of each batch, the draw of each, and the whole batch's size.
-        From epoch to epoch an image takes the next of its draws."""
+        """This process's rows of each batch, the next draw of each, and the batch's size."""
         linear, seed = self.config.linear, diffusion.derive_seed(self.seed, ORDER)
         with distributed.progress(steps, "step", desc="linear layers") as bar:
             for epoch in range(linear.n_epoch):

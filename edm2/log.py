@@ -5,7 +5,6 @@ import json
 import math
 from pathlib import Path
 
-from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import SummaryWriter
 
 from edm2.distributed import rank
@@ -30,12 +29,12 @@ class Log:
         if self.board:
             plain = {key: None if isinstance(value, float) and not math.isfinite(value) else value
                      for key, value in values.items()}
-            numbers = [Summary.Value(tag=tag, simple_value=value)
-                       for tag, value in (scalars or plain).items() if value is not None]
             try:
                 with open(self.folder / f"{name}.jsonl", "a") as file:
                     file.write(json.dumps({"step": step} | plain) + "\n")
-                self.board.file_writer.add_summary(Summary(value=numbers), step)    # As one event.
+                for tag, value in (scalars or plain).items():
+                    if value is not None:
+                        self.board.add_scalar(tag, value, step)
                 self.board.flush()
             except OSError as e:            # It names no file.
                 raise UserError(f"cannot write {name} in {self.folder}: {e.strerror}") from None

@@ -94,13 +94,12 @@ def load_snapshots(config):
 
 
 def coefficients(times, gammas, time, gamma):
-    """The coefficients (n,) float64 with which averages of length gammas (n,) at `times` (n,) come
-    closest to that of length gamma at `time` (EDM2 Alg. 3, but of sum 1: what does not change stays
-    as it is), and the error of its profile, relative in the L2 norm."""
+    """Coefficients (n,) float64, of sum 1, by which averages of length gammas (n,) at times (n,)
+    come closest to length gamma at `time` (EDM2 Alg. 3); the profile's relative error in L2."""
     from ema_pytorch.post_hoc_ema import p_dot_p
     t, g, t_r, g_r = (torch.as_tensor(x, dtype=torch.float64) for x in (times, gammas, time, gamma))
     A, b = p_dot_p(t[:, None], g[:, None], t[None], g[None]), p_dot_p(t, g, t_r, g_r)
-    # Lagrange's conditions of: least x·A·x - 2 b·x where the sum of x is 1.
+    # Lagrange's conditions of: least x·A·x - 2 b·x where the sum of x is 1 (a constant stays).
     system = pad(A, (0, 1, 0, 1), value=1.0)
     system[-1, -1] = 0
     right = pad(b, (0, 1), value=1.0)[:, None]

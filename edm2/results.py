@@ -60,8 +60,7 @@ def main():
 
 
 def record(config, results, device):
-    """Append results, (TensorBoard's name, {figure, value, epoch, n_reference, ...}) each, to
-    save_dir/results.jsonl, and show them in TensorBoard at their epochs."""
+    """Append results, (name in TensorBoard, {figure, value, epoch, ...}), to results.jsonl too."""
     from torch.utils.tensorboard import SummaryWriter  # Slow to import.
     common = {"dataset": config.dataset, "net_type": config.net_type,
               "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
@@ -87,8 +86,7 @@ def scored(folder):
 
 
 def read(run, standard=STANDARD):
-    """The results of a run with the `standard` settings, the later of two of the same thing; others
-    are named. Raises UserError where there are none."""
+    """A run's results of the `standard` settings, the latest of each thing. UserError: none."""
     def check(line):
         line["sampling"] = {"sigma_rel": line.get("sigma_rel")} | (line.get("sampling") or {})
         line["key"] = str([line.get("timestep"), *(line[key] for key in (
@@ -176,8 +174,7 @@ def by_images(results, metrics):
 
 
 def by_length(run, name):
-    """{metric: {label: [(sigma_rel, value)]}} of a run, a curve per epoch: of all metrics, or just
-    `name`; of several n, seeds, timesteps or blocks those with the most scores."""
+    """{metric: {epoch: [(sigma_rel, value)]}} of a run, of all metrics or `name`."""
     kinds = {}                              # {metric: {what it is of: {label: [(length, value)]}}}
     for line in read(run, {key: STANDARD[key] for key in STANDARD if key != "sigma_rel"}):
         of = (f" t={line.get('timestep')} {line['features']}" if line["figure"] == "probe" else

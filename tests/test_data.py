@@ -167,10 +167,12 @@ N02, NOTES, TEXT = "train/n02/images", "val/val_annotations.txt", "wnids.txt"
 
 
 @pytest.mark.parametrize(("part", "change", "words"), [
-    (TEXT, None, "No such file"), (TEXT, b"\xff", "is damaged … decode"), (N02, None, "No such"),
+    (TEXT, None, "No such file"), (TEXT, b"\xff", "is damaged … decode"),
+    (N02, None, "/train is damaged … no valid file … n02"),
     (TEXT, b" ", "/train is damaged … n01"), (TEXT, b"n01\n", "/train is damaged … differ in n02"),
     ("train", None, "No such file"), ("train/n02", None, "/train is damaged … differ in n02"),
-    (N02, "clear", "no images"), (f"{N02}/1.JPEG", b"text", "is not a whole image"),
+    (N02, "clear", "/train is damaged … no valid file … n02"),
+    (f"{N02}/1.JPEG", b"text", "is not a whole image"),
     (f"{N02}/1.JPEG", cut, "is not a whole image … truncated"), (NOTES, None, "No such file"),
     (NOTES, b"\xff", "is damaged … decode"), (NOTES, b"", "is damaged … empty"),
     (NOTES, b"0.JPEG", "is damaged"), (NOTES, b"0.JPEG\tn09\n", "is damaged … n09"),

@@ -96,7 +96,7 @@ def test_killed_at_twenty_random_moments(tmp_path, whole, processes):
     *((name, None, None, 0) for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP")),
     *(pytest.param(*case, marks=pytest.mark.slow) for case in [
         ("SIGTERM", 2, None, 0), ("SIGINT", 2, None, 0), ("SIGUSR1", 2, "1", 0),
-        ("SIGKILL", 2, "1", 0), ("SIGKILL", 2, "0", 1), ("SIGKILL", 2, "1", 1)])])
+        ("SIGKILL", 2, "1", 0), ("SIGKILL", 2, "0", 1)])])
 def test_a_signal(tmp_path, whole, name, processes, rank, restarts):
     """To a lone process, to torchrun (whose own exit code is 1), to one of its: it saves, leaves.
     A process that dies ends the job within a minute, or torchrun starts it again."""
@@ -202,7 +202,7 @@ def test_sampling_killed_anywhere_gives_the_same_folder(trained, tmp_path, proce
     command = ["sample.py", "--config", trained / "config.yaml", "--n_samples", 1500, "--npz"]
     succeed(*command, "--out", whole)
     command += ["--out", parts]
-    kill_often(6, lambda: len(list(parts.rglob("0*.png"))), tmp_path, *command, processes=processes)
+    kill_often(4, lambda: len(list(parts.rglob("0*.png"))), tmp_path, *command, processes=processes)
     succeed(*command, processes=processes)
     assert content(whole) == content(parts)
     assert len(content(parts)) == 1500 + 4      # grid.png, samples.npz, settings.json, .lock

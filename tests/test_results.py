@@ -66,7 +66,8 @@ def test_like_is_compared_with_like(tmp_path):
 @pytest.mark.parametrize(("args", "words"), [
     (["no"], ["no results.jsonl", "or below no"]), (["empty"], ["empty/results.jsonl"]),
     ([], ["or below runs"]), (["kid"], ["kid", "no FID"]),
-    (["good", "--out", "no/x.png"], ["no/x.png"]), (["good", "--out", "empty"], ["empty"])])
+    (["good", "--out", "good/results.jsonl/x.png"], ["good/results.jsonl/x.png"]),
+    (["good", "--out", "empty"], ["empty"])])
 def test_bad_input(tmp_path, args, words):
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "results.jsonl").write_text("")

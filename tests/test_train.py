@@ -58,11 +58,11 @@ def test_the_weights_do_not_depend_on_the_processes_or_passes(tmp_path, net_type
 
     one, start = same_run("one"), same_run("start", "--set", "lrate=1e-12")
     assert metrics(one)[-1]["step"] == 10 and distance(weights(one, 0), weights(start, 0)) > 0.01
-    others = [same_run("four", processes=4), same_run("quarter", "--batch_gpu", 35),
-              same_run("uneven", "--batch_gpu", 30),
+    others = [same_run("quarter", "--batch_gpu", 35), same_run("uneven", "--batch_gpu", 30),
               same_run("two_in_passes", "--batch_gpu", 30, processes=2)]
     if net_type == "UNetG":
-        others.append(same_run("compiled", "--compile", "--batch_gpu", 35, processes=2))
+        others += [same_run("four", processes=4),
+                   same_run("compiled", "--compile", "--batch_gpu", 35, processes=2)]
     for other in others:
         for key in ALL:
             a, b = weights(one, 0, key), weights(other, 0, key)
@@ -185,7 +185,7 @@ def test_the_full_network_trains_on_cifar10(tmp_path):
     """From a config of the predecessor, with the data in ./data: the loss is finite and falls."""
     (tmp_path / "data").symlink_to(DATA)
     out = succeed("train.py", "--config", predecessors("cifar10/C", tmp_path), "--max_steps", 12,
-                  *settings("batch_size=8 warm_epoch=0 log_every=4"), cwd=tmp_path)
+                  *settings("batch_size=4 warm_epoch=0 log_every=4"), cwd=tmp_path)
     assert "39,509,888 parameters, 42.6 GFLOP" in out
     losses = [row["loss_unweighted"] for row in metrics(tmp_path / "runs" / "cifar10" / "C")]
     assert len(losses) == 3 and all(map(math.isfinite, losses)) and losses[2] < losses[0]
@@ -194,11 +194,11 @@ def test_the_full_network_trains_on_cifar10(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("letter", "CEG")
 def test_the_digits_configs_learn(tmp_path, letter):
-    """Within 12 epochs the unweighted loss falls to 60 % or less of the first epoch's."""
+    """Within 6 epochs the unweighted loss falls to 60 % or less of the first epoch's."""
     succeed("train.py", "--config", ROOT / "config" / "digits" / f"{letter}.yaml", *settings(
-        f"n_epoch=12 log_every=1000 eval_every=null n_sample=1 save_dir={tmp_path}"))
+        f"n_epoch=6 log_every=1000 eval_every=null n_sample=1 save_dir={tmp_path}"))
     losses = [row["loss_unweighted"] for row in metrics(tmp_path)]          # One row an epoch.
-    assert len(losses) == 12 and losses[-1] < 0.6 * losses[0], losses
+    assert len(losses) == 6 and losses[-1] < 0.6 * losses[0], losses
 
 
 @pytest.mark.parametrize(("precision", "limit"), [([], 1e-5), (["--use_amp"], 1e-2)])
