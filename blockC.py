@@ -4,11 +4,9 @@ initialization for all weights, group norm without mean subtraction, and cosine 
 Activations are (B,C,H,W). Every hunk of `diff blockC.py blockE.py` is a change of the paper."""
 
 import math
-
 import torch
 import torch.nn.functional as F
 from torch import nn
-
 
 # Scale to unit mean square over dimensions `dim`, for every norm (Eq. 29).
 def normalize(x, dim, eps=1e-4):
@@ -17,17 +15,14 @@ def normalize(x, dim, eps=1e-4):
     rms = norm * math.sqrt(norm.numel() / x.numel())
     return (x.float() * (1 / (rms + eps))).to(x.dtype)  # Not x / ...: 2x gradient time.
 
-
 # Learned layers, without biases.
 def he_uniform(*shape):
     """Weights (out,in,...) ~ √(3/fan_in)·U(-1,1) for every layer, none from zeros (Config C)."""
     limit = math.sqrt(3 / math.prod(shape[1:]))
     return torch.empty(shape).uniform_(-limit, limit)
 
-
 class Linear(nn.Module):
     """Linear layer, (B,in) to (B,out)."""
-
     def __init__(self, in_channels, out_channels):
         super().__init__()
         self.weight = nn.Parameter(he_uniform(out_channels, in_channels))
@@ -35,24 +30,19 @@ class Linear(nn.Module):
     def forward(self, x):
         return F.linear(x, self.weight)
 
-
 class Conv2d(nn.Module):
     """Convolution with an odd kernel that keeps the resolution, (B,in,H,W) to (B,out,H,W)."""
-
     def __init__(self, in_channels, out_channels, kernel_size):
         super().__init__()
-        shape = (out_channels, in_channels, kernel_size, kernel_size)
-        self.weight = nn.Parameter(he_uniform(*shape))
+        self.weight = nn.Parameter(he_uniform(out_channels, in_channels, kernel_size, kernel_size))
 
     def forward(self, x):
         return F.conv2d(x, self.weight, padding=self.weight.shape[-1] // 2)
-
 
 # Fixed functions.
 class GroupNorm(nn.Module):
     """Group norm without mean subtraction, learned scale or bias (Eq. 29), in at most `groups`
     groups of 4 channels or more (EDM's rule). ValueError where they do not divide the channels."""
-
     def __init__(self, channels, groups=32):
         super().__init__()
         self.groups = min(groups, channels // 4)
@@ -63,10 +53,8 @@ class GroupNorm(nn.Module):
     def forward(self, x):
         return normalize(x.unflatten(1, (self.groups, -1)), dim=(2, 3, 4)).flatten(1, 2)
 
-
 class Fourier(nn.Module):
     """Fourier features, (B,) to (B,channels) in fp32: cos(2π(f·c + φ)), f ~ N(0,1), φ ~ U(0,1)."""
-
     def __init__(self, channels):
         super().__init__()
         self.register_buffer("freqs", torch.randn(channels))
@@ -74,7 +62,6 @@ class Fourier(nn.Module):
 
     def forward(self, c):
         return torch.cos(math.tau * (c.float()[:, None] * self.freqs + self.phases))
-
 
 def resample(x, mode):
     """(B,C,H,W) at half ("down": 2x2 mean), twice ("up": nearest) or the same resolution (None)."""
@@ -84,12 +71,10 @@ def resample(x, mode):
         return F.interpolate(x, scale_factor=2, mode="nearest")
     return x
 
-
 # Self-attention over the pixels, queries, keys and values normalized (cosine attention, Eq. 30-34).
 class Attention(nn.Module):
     """Multi-head self-attention joined to its input, (B,C,H,W) to the same; one head where
     channels_per_head is None. Raises ValueError where the heads do not divide the channels."""
-
     def __init__(self, channels, channels_per_head=None):
         super().__init__()
         self.channels_per_head = channels_per_head or channels
@@ -107,11 +92,9 @@ class Attention(nn.Module):
         y = y.transpose(1, 2).reshape(B, H, W, C).permute(0, 3, 1, 2)
         return x + self.proj(y)
 
-
 # U-Net block (Fig. 17): encoder and decoder blocks are the same thing.
 class Block(nn.Module):
     """Residual block, (B,in,H,W) and embedding (B,emb) to (B,out,H',W') as resample_mode says."""
-
     def __init__(self,
         in_channels,                # Channels of the input.
         out_channels,               # Channels of the output.

@@ -4,17 +4,14 @@ with magnitude-preserving fixed functions (Config G, Eq. 68-104).
 Activations are (B,C,H,W). Every hunk of `diff blockC.py blockE.py` is a change of the paper."""
 
 import math
-
 import torch
 import torch.nn.functional as F
 from torch import nn
-
 
 # Scale to unit mean square over dimensions `dim`, for every norm (Eq. 29) and weight (Eq. 47).
 def normalize(x, dim, eps=1e-4, gain=1):
     """Return gain · x / (rms(x) + eps), rms over `dim` in fp32; shape and dtype of x are kept."""
     return (x.float() * unit_scale(x, dim, eps, gain)).to(x.dtype)  # Not x / ...: 2x gradient time.
-
 
 def unit_scale(x, dim, eps=1e-4, gain=1):
     """The factor of normalize, in fp32: gain / (rms(x) + eps), of size 1 along `dim`."""
@@ -22,11 +19,9 @@ def unit_scale(x, dim, eps=1e-4, gain=1):
     rms = norm * math.sqrt(norm.numel() / x.numel())
     return gain / (rms + eps)
 
-
 # Learned layers, without biases.
 def magnitude_preserving(weight, training):
     """Return normalize(weight)/√fan_in, weight (out,in,...), per output in fp32 (Config D, Eq. 47).
-
     In training the stored weight is itself replaced by its normalized self (Config E, forced
     weight normalization, Eq. 60-67 and Alg. 1): so the gradient is orthogonal to it and the
     learning rate alone sets its speed of rotation."""
@@ -36,10 +31,8 @@ def magnitude_preserving(weight, training):
         stored.mul_(unit_scale(stored, dim))
     return normalize(weight, dim, gain=1 / math.sqrt(weight[0].numel()))
 
-
 class Linear(nn.Module):
     """Magnitude-preserving linear layer (Eq. 47), (B,in) to (B,out)."""
-
     def __init__(self, in_channels, out_channels):
         super().__init__()
         self.weight = nn.Parameter(torch.randn(out_channels, in_channels))     # Alg. 1
@@ -47,30 +40,24 @@ class Linear(nn.Module):
     def forward(self, x):
         return F.linear(x, magnitude_preserving(self.weight, self.training))
 
-
 class Conv2d(nn.Module):
     """Magnitude-preserving convolution (Eq. 47) with an odd kernel, (B,in,H,W) to (B,out,H,W)."""
-
     def __init__(self, in_channels, out_channels, kernel_size):
         super().__init__()
-        shape = (out_channels, in_channels, kernel_size, kernel_size)
-        self.weight = nn.Parameter(torch.randn(shape))                         # Alg. 1
+        self.weight = nn.Parameter(torch.randn(out_channels, in_channels, kernel_size, kernel_size))
 
     def forward(self, x):
         weight = magnitude_preserving(self.weight, self.training)
         return F.conv2d(x, weight, padding=weight.shape[-1] // 2)
-
 
 # Fixed functions.
 def mp_silu(x):
     """Magnitude-preserving SiLU (Eq. 81): silu(x)/0.596, of unit mean square for x ~ N(0,1)."""
     return F.silu(x) / 0.596
 
-
 def mp_sum(a, b, t=0.3):
     """Magnitude-preserving sum of path a and branch b: ((1-t)·a + t·b)/√((1-t)² + t²) (Eq. 88)."""
     return torch.lerp(a, b, t) / math.sqrt((1 - t) ** 2 + t ** 2)
-
 
 def mp_cat(a, b, t=0.5):
     """Magnitude-preserving concatenation of a and b along channels, b with weight t (Eq. 103)."""
@@ -78,10 +65,8 @@ def mp_cat(a, b, t=0.5):
     gain = math.sqrt((Na + Nb) / ((1 - t) ** 2 + t ** 2))
     return torch.cat([a * (gain * (1 - t) / math.sqrt(Na)), b * (gain * t / math.sqrt(Nb))], dim=1)
 
-
 class Fourier(nn.Module):
     """Fourier features, (B,) to (B,channels) in fp32: √2·cos(2π(f·c + φ)), random f, φ (Eq. 75)."""
-
     def __init__(self, channels):
         super().__init__()
         self.register_buffer("freqs", torch.randn(channels))
@@ -89,7 +74,6 @@ class Fourier(nn.Module):
 
     def forward(self, c):
         return math.sqrt(2) * torch.cos(math.tau * (c.float()[:, None] * self.freqs + self.phases))
-
 
 def resample(x, mode):
     """(B,C,H,W) at half ("down": 2x2 mean), twice ("up": nearest) or the same resolution (None)."""
@@ -99,12 +83,10 @@ def resample(x, mode):
         return F.interpolate(x, scale_factor=2, mode="nearest")
     return x
 
-
 # Self-attention over the pixels, queries, keys and values normalized (cosine attention, Eq. 30-34).
 class Attention(nn.Module):
     """Multi-head self-attention joined to its input, (B,C,H,W) to the same; one head where
     channels_per_head is None. Raises ValueError where the heads do not divide the channels."""
-
     def __init__(self, channels, channels_per_head=None):
         super().__init__()
         self.channels_per_head = channels_per_head or channels
@@ -122,11 +104,9 @@ class Attention(nn.Module):
         y = y.transpose(1, 2).reshape(B, H, W, C).permute(0, 3, 1, 2)
         return mp_sum(x, self.proj(y))                           # Eq. 88
 
-
 # U-Net block (Fig. 21): encoder blocks begin with a pixel norm, decoder blocks do not (Config F).
 class Block(nn.Module):
     """Residual block, (B,in,H,W) and embedding (B,emb) to (B,out,H',W') as resample_mode says."""
-
     def __init__(self,
         in_channels,                # Channels of the input.
         out_channels,               # Channels of the output.

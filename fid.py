@@ -10,11 +10,9 @@ import shlex
 import statistics
 import time
 from pathlib import Path
-
 from edm2 import checkpoint, data, distributed, features, files, flags, frechet, results
 from edm2.config import Count, load_config
 from edm2.errors import UserError, command, warn
-
 
 def main():
     """Parse the command line, score what it names."""
@@ -54,7 +52,6 @@ def main():
         a, b = (frechet.compute(one, extractor, args.batch_gpu, bool(args.metrics)) for one in pair)
         score(a, b, extractor, args.metrics)
 
-
 def score(samples, reference, extractor, metrics, of=""):
     """Print, and return as {metric: value}, the scores of two Statistics; in rank 0."""
     if distributed.rank() > 0:
@@ -70,7 +67,6 @@ def score(samples, reference, extractor, metrics, of=""):
         warn(f"{a} and {b}: from under {frechet.N_FID:,} images the distance comes out too high "
              f"(its bias grows as 1/n): compare it only with scores of the same n")
     return found
-
 
 def score_run(config, args, sets, extractor):
     """Score samples of checkpoints against the training set; append the scores to results.jsonl."""
@@ -102,7 +98,6 @@ def score_run(config, args, sets, extractor):
             lines.append((name + length, {"figure": name, "value": best} | common | several))
         results.record(config, lines, extractor.device)
 
-
 def find_sets(config, args):
     """{epoch: {each seed's folder: its settings}}. UserError with the command for missing ones."""
     asked, sets = checkpoint.epochs(config) if args.epoch == "all" else args.epoch, {}
@@ -133,7 +128,6 @@ def find_sets(config, args):
                 raise UserError(f"{folder} lacks {len(missing):,} images, {missing[0]}: {make}")
             sets.setdefault(epoch, {})[str(folder)] = settings
     return sets
-
 
 if __name__ == "__main__":
     command(main)()

@@ -6,14 +6,11 @@ Several GPUs:                     torchrun --nproc_per_node=4 probe.py --config 
 Accuracies go to save_dir/results.jsonl; a grid is also drawn, as save_dir/probe_<epoch>.png."""
 
 import time
-
 import numpy as np
-
 from edm2 import checkpoint, data, diffusion, distributed, files, flags, linear_probe, results
 from edm2.config import Count, Index, load_config
 from edm2.errors import UserError, command
 from edm2.posthoc_ema import load_denoiser
-
 
 def main():
     """Parse the command line, probe each checkpoint, report."""
@@ -55,7 +52,6 @@ def main():
                 "weights": "ema", "sigma_rel": args.sigma_rel, "precision": flags.precision(dtype),
                 "seconds": round(time.perf_counter() - start, 2)})
 
-
 def report(config, table, timesteps, widths, device, common):
     """Print accuracies (timesteps, blocks), append them to results.jsonl, draw several as a map."""
     epoch, length, n = common["epoch"], common["sigma_rel"], f"{common['n']:,} test images"
@@ -80,7 +76,6 @@ def report(config, table, timesteps, widths, device, common):
     print(f"{'best ' * (table.size > 1)}probe accuracy {table.max():.2f} %: epoch {epoch}, t={t} "
           f"(sigma {sigma:.4g}), {block} ({widths[block]} features){suffix}, {n}")
 
-
 def heat_map(accuracies, levels, blocks, title):
     """A matplotlib Figure of accuracies (blocks, levels) in per cent, the best framed."""
     from matplotlib.figure import Figure  # Slow to import: only where it is used.
@@ -95,7 +90,6 @@ def heat_map(accuracies, levels, blocks, title):
     axes.set(xlabel="timestep, and its noise level sigma", ylabel="decoder block")
     axes.set_title(f"Linear probe, test accuracy (%)\n{title}", fontsize=10)
     return axes.figure
-
 
 if __name__ == "__main__":
     command(main)()

@@ -9,16 +9,13 @@ import contextlib
 import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-
 import numpy as np
 import torch
-
 from edm2 import checkpoint, data, diffusion, distributed, features, files, flags, posthoc_ema
 from edm2.config import Count, Index, Unit, load_config
 from edm2.errors import UserError, command
 
 PNG = "images/{:06d}.png"               # Image i of a folder.
-
 
 def main():
     """Parse the command line, load the network, write the images that are missing."""
@@ -59,7 +56,6 @@ def main():
         distributed.barrier()
         distributed.on_rank0(finish, folder, args.n_samples, args.npz)
 
-
 def claim(folder, settings, n_samples):
     """Note the settings; return the numbers of missing images. UserError: of other settings."""
     path, n_noted = folder / "settings.json", n_samples
@@ -75,7 +71,6 @@ def claim(folder, settings, n_samples):
     with files.atomic(path) as temporary:
         temporary.write_text(json.dumps(settings | {"n_samples": n_noted}, indent=1) + "\n")
     return [i for i in range(n_samples) if not (folder / PNG.format(i)).exists()]
-
 
 def write_images(denoiser, missing, args, folder):
     """Make this process's batches, whole ones; threads write one while the next is made. On a GPU
@@ -95,7 +90,6 @@ def write_images(denoiser, missing, args, folder):
                                [folder / PNG.format(i) for i in indices])
         bar.update(len(list(written)))
 
-
 def finish(folder, n_samples, npz):
     """Write grid.png and, if asked for, samples.npz from the PNGs, and say where all is."""
     paths = [folder / PNG.format(i) for i in range(n_samples if npz else min(n_samples, 64))]
@@ -105,7 +99,6 @@ def finish(folder, n_samples, npz):
         with files.atomic(folder / "samples.npz") as temporary, open(temporary, "wb") as file:
             np.savez(file, images.transpose(0, 2, 3, 1))
     print(f"images: {folder}/images  grid: {folder}/grid.png" + f"  {folder}/samples.npz" * npz)
-
 
 if __name__ == "__main__":
     command(main)()

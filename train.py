@@ -9,10 +9,8 @@ Only show what it would do: add --dry_run. Started again, it goes on from the ne
 import contextlib
 import math
 import time
-
 import torch
 from torch.nn.parallel import DistributedDataParallel
-
 from edm2 import checkpoint, data, diffusion, distributed, dynamics, evaluation, files, flags
 from edm2.config import FREE, Count, load_config
 from edm2.errors import Stopped, UserError, command, warn
@@ -21,7 +19,6 @@ from edm2.posthoc_ema import Averages
 
 MAX_BAD_STEPS = 20      # Steps in a row with NaN or Inf gradients after which training stops.
 DROPOUT = 2             # What a step's seed is for; data.NOISE is the other one.
-
 
 def main():
     """Parse the command line, say what is trained, load the data, train."""
@@ -47,7 +44,6 @@ def main():
         distributed.on_rank0(lambda: stack.enter_context(files.locked(config.save_dir)))
         images = images.to(data.placement(images.nbytes, device))
         train(config, args, images, device, evaluator, signals)
-
 
 def train(config, args, images, device, evaluator, signals):
     """Train to n_epoch on images (N,C,H,W) uint8, from the newest checkpoint in save_dir on."""
@@ -110,13 +106,11 @@ def train(config, args, images, device, evaluator, signals):
         if signum:
             raise Stopped(signum, f"after step {run.step} and saved in {config.save_dir}")
 
-
 def learning_rate(config, step, steps_per_epoch):
     """lrate, warmed up linearly over warm_epoch, then divided by √max(t/t_ref, 1) (EDM2 Eq. 67)."""
     warm_up = min((step + 1) / max(config.warm_epoch * steps_per_epoch, 1), 1)
     t_ref = (config.tref_epoch or math.inf) * steps_per_epoch
     return config.lrate * warm_up / math.sqrt(max(step / t_ref, 1))
-
 
 def end_epoch(run, images, evaluator, log, signals):
     """What is due, the checkpoint last: a run that goes on does all of it again, the same."""
@@ -135,10 +129,8 @@ def end_epoch(run, images, evaluator, log, signals):
     if save_due:
         run.save(checkpoint.path_of(config, epoch))
 
-
 class Run:
     """What a checkpoint holds: network, averages, optimizer, scaler, and the step they are at."""
-
     def __init__(self, config, args, device, n_images):
         self.config, self.device, self.n_images = config, device, n_images
         self.steps_per_epoch = n_images // config.batch_size        # The rest is dropped.
@@ -241,7 +233,6 @@ class Run:
             path.unlink(missing_ok=True)
         distributed.print0(f"done: what the run left is in {self.config.save_dir}" if done else
                            f"stopped after step {self.step}, as --max_steps says, unsaved")
-
 
 if __name__ == "__main__":
     command(main)()

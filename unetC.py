@@ -5,13 +5,10 @@ Every hunk of `diff unetC.py unetE.py` and `diff unetE.py unetG.py` is one chang
 import torch
 import torch.nn.functional as F
 from torch import nn
-
 from blockC import Block, Conv2d, Fourier, GroupNorm, Linear
-
 
 class UNetC(nn.Module):
     """F(x; c_noise), (B,C,H,W) and (B,) to (B,C,H,W). ValueError: widths that do not divide."""
-
     def __init__(self,
         image_shape = (3, 32, 32),              # Channels, height, width of an image.
         n_channels = 128,                       # Base width.

@@ -12,14 +12,11 @@ import statistics
 import sys
 import tempfile
 import time
-
 import torch
 from sides import ROOT, flags, machine
-
 import train
 from edm2 import checkpoint, distributed
 from edm2.config import load_config
-
 
 def main():
     """Measure each config and print a table."""
@@ -35,7 +32,6 @@ def main():
     for name in args.configs:
         with tempfile.TemporaryDirectory(dir=args.dir) as folder:
             measure(name, folder, args.rounds)
-
 
 def measure(name, folder, rounds):
     """Print the row of one config."""
@@ -55,13 +51,11 @@ def measure(name, folder, rounds):
           f"| {statistics.median(loads):.2f} | {min(loads):.2f} to {max(loads):.2f} "
           f"| {statistics.median(saves) / 600:.3%} |", flush=True)
 
-
 def seconds(function, *args):
     """How long a call takes."""
     start = time.perf_counter()
     function(*args)
     return time.perf_counter() - start
-
 
 if __name__ == "__main__":
     main()

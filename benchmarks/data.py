@@ -15,17 +15,14 @@ import subprocess
 import sys
 import tempfile
 import time
-
 import torch
 from sides import ROOT, alternate, machine, table
 from train_step import plain_batches
-
 from edm2 import data, distributed
 from edm2.config import load_config
 
 BATCHES = 20        # In a row: a DataLoader's worker has some ready, made in the other side's turn.
 CONFIG = ROOT / "config" / "cifar10" / "C.yaml"
-
 
 def main():
     """Time the sides and print the tables."""
@@ -64,11 +61,9 @@ def main():
     print(f"`python train.py --config config/cifar10/C.yaml --dry_run`: "
           f"{statistics.median(seconds):.2f} s, {min(seconds):.2f} to {max(seconds):.2f}")
 
-
 def load(config):
     """data.load."""
     return lambda: len(data.load(config)[0])
-
 
 def load_plain(config):
     """The files read by torchvision, one by one."""
@@ -84,11 +79,9 @@ def load_plain(config):
         return len([image for image, _ in folder])
     return run
 
-
 def random_images():
     """As many images as CIFAR-10 has."""
     return torch.randint(0, 256, (50_000, 3, 32, 32), dtype=torch.uint8)
-
 
 def look_up(B):
     """Batches of train.py."""
@@ -101,7 +94,6 @@ def look_up(B):
             data.batch(images, index, device, torch.rand(B, device=device) < 0.5)
     return run
 
-
 def worker(B):
     """Batches of one DataLoader worker."""
     device, batches = distributed.init(), plain_batches(random_images(), B)
@@ -111,14 +103,12 @@ def worker(B):
             next(batches).to(device)
     return run
 
-
 def dry_run():
     """The seconds of a dry run."""
     started = time.perf_counter()
     subprocess.run([sys.executable, ROOT / "train.py", "--config", CONFIG, "--dry_run"],
                    check=True, stdout=subprocess.DEVNULL)
     return time.perf_counter() - started
-
 
 if __name__ == "__main__":
     main()

@@ -13,13 +13,10 @@ import shlex
 import sys
 import tempfile
 from pathlib import Path
-
 import numpy as np
 import torch
 from sides import alternate, machine, table
-
 from edm2 import data, distributed, features, files, frechet
-
 
 def main():
     """Time the sides and print both tables."""
@@ -50,7 +47,6 @@ def main():
     print(table(timings, "pytorch-fid",
                 {"images per second": lambda t: f"{args.n / t.median:.1f}"}))
 
-
 # ----------------------------------------------------------------------------------------------
 # Distance.
 
@@ -59,19 +55,16 @@ def statistics(d, seed):
     x = np.random.default_rng(seed).standard_normal((2 * d, d)) * np.geomspace(1, 1e-3, d)
     return x.mean(0), np.cov(x, rowvar=False)
 
-
 def distance(d):
     """fid.py's."""
     a, b = statistics(d, 0), statistics(d, 1)
     return lambda: frechet.frechet_distance(*a, *b)
-
 
 def distance_sqrtm(d):
     """pytorch-fid's."""
     from pytorch_fid.fid_score import calculate_frechet_distance
     a, b = statistics(d, 0), statistics(d, 1)
     return lambda: float(calculate_frechet_distance(*a, *b))
-
 
 # ----------------------------------------------------------------------------------------------
 # Features.
@@ -94,13 +87,11 @@ def random_weights():
             tensor.normal_(0, (2 / tensor[0].numel()) ** 0.5)
     return weights
 
-
 def ours(folder, weights):
     """fid.py's statistics, features kept."""
     extractor = features.Extractor("inception", distributed.init(), weights, files.sha256(weights))
     return lambda: frechet.compute(frechet.open_set(folder), extractor,
                                    keep=True).features.mean().item()
-
 
 def torch_fidelity(folder, weights):
     """torch-fidelity's features, with its command's default of 64 images a batch."""
@@ -112,12 +103,10 @@ def torch_fidelity(folder, weights):
         1, extractor, input1=str(folder), cuda=cuda, verbose=False,
         batch_size=64)["2048"].mean().item()
 
-
 def pytorch_fid(folder, weights):
     """pytorch-fid's features, with its command's defaults: 50 images a batch, one worker a core up
     to 8."""
     import os
-
     from pytorch_fid import fid_score, inception
     inception.load_state_dict_from_url = lambda *args, **kwargs: torch.load(weights,
                                                                             weights_only=True)
@@ -126,7 +115,6 @@ def pytorch_fid(folder, weights):
     paths = sorted(Path(folder).glob("*.png"))
     return lambda: fid_score.get_activations(paths, model, device=device,
                                              num_workers=min(os.cpu_count(), 8)).mean().item()
-
 
 if __name__ == "__main__":
     main()

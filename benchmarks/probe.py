@@ -18,10 +18,8 @@ import subprocess
 import sys
 import tempfile
 import time
-
 import torch
 from sides import ROOT, machine
-
 from edm2 import checkpoint, data, diffusion, distributed, linear_probe
 from edm2.config import load_config
 from edm2.posthoc_ema import load_denoiser
@@ -32,7 +30,6 @@ CONFIG = ROOT / "config" / "cifar10" / "C.yaml"
 NETWORK = ["network.ch_mults=[1,2,4]", "network.is_attn=[false,true,false]",
            "network.n_blocks=2", "network.dropout=0", "n_epoch=1", "batch_size=64",
            "lrate=2e-3", "warm_epoch=0.1", "ema=0.995", "n_sample=4", "linear.blockname=out_2"]
-
 
 def main():
     """Train the network where it is missing, probe it both ways in turn, print a table."""
@@ -58,7 +55,6 @@ def main():
             subprocess.run([sys.executable, ROOT / "train.py", "--config", CONFIG, *words],
                            check=True, stdout=sys.stderr)
         compare(config, args)
-
 
 def compare(config, args):
     """Time both ways in alternation; print accuracies and medians."""
@@ -92,13 +88,11 @@ def compare(config, args):
         print(f"| {name} | {mean:.2f} | {', '.join(f'{a:.2f}' for a in accuracy)} "
               f"| {mean - base_accuracy:+.2f} | {median:.1f} | {base_time / median:.2f} |")
 
-
 def kept(denoiser, config, train, test, seed, device, passes):
     """Test accuracy in per cent by probe.py: features of `passes` draws are kept."""
     sets = {linear_probe.TRAIN: train, linear_probe.TEST: test}
     probe = linear_probe.Probe(config, denoiser, sets, seed, passes)
     return probe.accuracies(config.linear.timestep, [config.linear.blockname])[0]
-
 
 def naive(denoiser, config, train, test, seed, device, whole):
     """Test accuracy in per cent with fresh noise, flips and features in every epoch, of the whole
@@ -135,7 +129,6 @@ def naive(denoiser, config, train, test, seed, device, whole):
                  == test[1][index].to(device)).sum().item()
                 for index in torch.arange(len(test[0])).split(linear.batch_size))
     return 100 * right / len(test[0])
-
 
 if __name__ == "__main__":
     main()

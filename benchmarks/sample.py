@@ -14,16 +14,13 @@ import sys
 import tempfile
 from pathlib import Path
 from types import SimpleNamespace
-
 import numpy as np
 import torch
 from PIL import Image
 from sides import ROOT, alternate, machine, table
-
 import sample
 from edm2 import diffusion, distributed
 from edm2.config import load_config
-
 
 def main():
     """Time each config's sides and print a table."""
@@ -49,11 +46,9 @@ def main():
             "images per second": lambda t: f"{args.n / t.median:.2f}",
             "most a pixel differs (grey levels)": lambda t, most=most: f"{most}"}), flush=True)
 
-
 def read(folder, i):
     """The pixels of an image."""
     return np.asarray(Image.open(Path(folder) / "images" / f"{i:06d}.png")).astype(int)
-
 
 def denoiser(config, amp_dtype):
     """An untrained network whose output is not 0."""
@@ -65,7 +60,6 @@ def denoiser(config, amp_dtype):
                 p.fill_(1)
     return model.eval().requires_grad_(False)
 
-
 def fast(config, args, folder):
     """What sample.py does with a network that is loaded."""
     model = diffusion.deploy(denoiser(config, args.amp_dtype), distributed.init())
@@ -76,7 +70,6 @@ def fast(config, args, folder):
         make_anew(folder)
         sample.write_images(model, range(args.n), settings, folder)
     return run
-
 
 def plain(config, args, folder):
     """The plain path: batches of 64 on the CPU and of 500 on a GPU."""
@@ -94,12 +87,10 @@ def plain(config, args, folder):
                     folder / "images" / f"{i:06d}.png")
     return run
 
-
 def make_anew(folder):
     """An empty folder for images."""
     shutil.rmtree(folder, ignore_errors=True)
     (folder / "images").mkdir(parents=True)
-
 
 if __name__ == "__main__":
     main()

@@ -18,9 +18,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 import torch
-
 from edm2 import diffusion, distributed
-
 
 @dataclass
 class Timing:
@@ -36,17 +34,14 @@ class Timing:
         """The median of the seconds."""
         return statistics.median(self.seconds)
 
-
 def ratios(timing, than):
     """How long a Timing took relative to another of the same run, round by round: these hardly
     change while something slows the machine down."""
     return [a / b for a, b in zip(timing.seconds, than.seconds, strict=True)]
 
-
 def times_faster(timing, than):
     """How many times faster a Timing is than another of the same run: the median of the rounds'."""
     return statistics.median(ratios(than, timing))
-
 
 def alternate(sides, rounds, warmup=2):
     """Time the sides in turns, so that what slows the machine down for a while slows all of them.
@@ -83,17 +78,14 @@ def alternate(sides, rounds, warmup=2):
         process.join()
     return timings
 
-
 class Done(Exception):
     """There are no more turns."""
-
 
 class Turns:
     """The turns of one side: what is timed is from begin() to end().
 
     before() is called when a turn begins; what after() returns, if anything, is what it returns.
     """
-
     def __init__(self, pipe):
         self.pipe, self.device, self.is_set_up = pipe, distributed.init(), False
         self.before = self.after = lambda: None
@@ -130,7 +122,6 @@ class Turns:
             self.begin()
             self.end(function())
 
-
 def serve(pipe, make, arguments):
     """One side, until this run or its own work ends."""
     multiprocessing.set_start_method(None, force=True)      # The system's, as in the commands.
@@ -140,11 +131,9 @@ def serve(pipe, make, arguments):
             turns.take(make(*arguments))
         pipe.send(peak(turns.device))
 
-
 def page_faults():
     """Of this process until now: pages that the system had to give to it."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-
 
 def forget_peak(device):
     """Let the peak memory begin anew: setting up is not what is measured."""
@@ -153,7 +142,6 @@ def forget_peak(device):
     else:
         with contextlib.suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")
-
 
 def peak(device):
     """The peak memory of this process in GB; None where the system does not tell."""
@@ -164,7 +152,6 @@ def peak(device):
         return next(int(line.split()[1]) * 1024 / 1e9
                     for line in lines if line.startswith("VmHWM"))
     return None
-
 
 def table(timings, against, columns):
     """A Markdown table of Timings; how many times faster than the side `against`, and more columns:
@@ -178,7 +165,6 @@ def table(timings, against, columns):
                       f"{times_faster(t, timings[against]):.2f}"])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
-
 def machine():
     """The device, processor, versions and day, as they stand above a table."""
     words = [diffusion.device_name(distributed.init()), f"torch {torch.__version__}",
@@ -188,7 +174,6 @@ def machine():
         words[1:1] = [line.partition(":")[2].strip() for line in lines
                       if line.startswith("model name")][:1]
     return ", ".join(words)
-
 
 def flags(amp_dtype=None, compiled=None):
     """The flags of train.py, at their defaults but for these."""

@@ -22,11 +22,9 @@ import sys
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from unittest import mock
-
 import torch
 from PIL import Image
 from sides import ROOT, machine
-
 import train
 from edm2 import checkpoint, data, diffusion, distributed, evaluation
 from edm2.config import load_config
@@ -74,7 +72,6 @@ VARIANTS = {
     "G one head": ("G", {"network.attn_channels_per_head": "null"}),
 }
 
-
 def main():
     """Train and score what is missing, print the table."""
     p = argparse.ArgumentParser(description=__doc__,
@@ -115,7 +112,6 @@ def main():
     print(table({name: [found[name, seed] for seed in range(args.seeds) if found[name, seed]]
                  for name in chosen}))
 
-
 def as_folders(data_root, out):
     """Write CIFAR-10 to a folder as PNGs, for a data set that can have another size, unless that is
     done. Return it."""
@@ -131,7 +127,6 @@ def as_folders(data_root, out):
         (out / "done").touch()
     return out
 
-
 # ----------------------------------------------------------------------------------------------
 # A run.
 
@@ -140,7 +135,6 @@ def own_cores(slots, jobs):
     if hasattr(os, "sched_setaffinity"):
         cores = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, cores[slots.get() % len(cores)::jobs])
-
 
 def kept(name, seed, args):
     """What score() has returned, None where it has not. Raises UserError where that was of another
@@ -155,7 +149,6 @@ def kept(name, seed, args):
         raise UserError(f"{path} is of another config: remove its folder, or choose another "
                         f"--save_dir")
     return found
-
 
 def score(name, seed, args):
     """Train a variant with a seed and score it. Return what scores.json holds then:
@@ -177,7 +170,6 @@ def score(name, seed, args):
     (folder / "scores.json").write_text(json.dumps(found))
     return found
 
-
 def described(name, seed, args):
     """The YAML of a variant, the overrides, and where the gains begin (None: as the network says).
     """
@@ -198,14 +190,12 @@ def described(name, seed, args):
             overrides.append(f"{key}={value}")
     return path, overrides, changes.get("gain")
 
-
 def changes_something(name, args):
     """Whether a variant differs from its config: a base does not, but counts."""
     letter, _ = VARIANTS[name]
     (path, overrides, gain), (_, base, _) = (described(n, 0, args) for n in (name, letter))
     config, base = (load_config(path, [*o, "save_dir=any"]) for o in (overrides, base))
     return name == letter or gain is not None or config != base
-
 
 def begun_at(gain, build):
     """diffusion.build, but of networks whose conditioning gains begin at `gain`."""
@@ -216,7 +206,6 @@ def begun_at(gain, build):
                 p.data.fill_(gain)
         return denoiser
     return built
-
 
 def scores(config, args):
     """What score() returns, of a run that is done."""
@@ -233,7 +222,6 @@ def scores(config, args):
     values = [value if value is not None else math.inf for line in lines
               for blocks in json.loads(line)["activation"].values() for value in blocks.values()]
     return found | {"activations": [min(values), max(values)], "config": config.model_dump()}
-
 
 # ----------------------------------------------------------------------------------------------
 # The table.
@@ -259,12 +247,10 @@ def table(found):
         lines.append([*cells, f"{min(least):.2f} to {max(most):.3g}"])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
-
 def mean_and_deviation(values):
     """Such as "0.7571 ± 0.0021"."""
     spread = f" ± {statistics.stdev(values):.2g}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.4g}{spread}"
-
 
 if __name__ == "__main__":
     command(main)()

@@ -24,17 +24,14 @@ import tempfile
 import time
 from pathlib import Path
 from unittest import mock
-
 import torch
 from sides import ROOT, alternate, flags, machine, ratios, times_faster
-
 from edm2 import diffusion, distributed, dynamics
 from edm2.config import load_config
 
 N_TRAIN = {"digits": 1437, "tinyimagenet": 100_000}     # Images; of the others 50,000.
 # No output and no evaluation; the sample grid of epoch 0, which is not timed, as small as can be.
 QUIET = ["save_model=false", "eval_every=null", "n_sample=1"]
-
 
 def main():
     """Time each config's sides and print the tables."""
@@ -113,7 +110,6 @@ def main():
         for kind in [*KINDS, "other"]:
             print(f"| {kind} | {' | '.join(f'{parts[kind]:.3f}' for parts in found.values())} |")
 
-
 def compare(timings, args):
     """Print how train.py's step compares with those of other checkouts, and with the peer's."""
     for name in args.configs if args.tree else ():
@@ -128,7 +124,6 @@ def compare(timings, args):
         print("\nTimes faster than the peer in the plain loop: "
               + "; ".join(f"{side} {faster:.2f}" for side, faster in ways.items()))
 
-
 def matrix_flops(amp_dtype):
     """FLOP/s of one large matrix product."""
     device = distributed.init()
@@ -142,20 +137,17 @@ def matrix_flops(amp_dtype):
         seconds = time.perf_counter() - start
     return 2 * n ** 3 / seconds
 
-
 def random_images(batch_size, shape):
     """A data set of noise, (N,C,H,W) uint8: as many images as CIFAR-10 has on a GPU, fewer on the
     CPU."""
     n = 50_000 if torch.cuda.is_available() else max(1024, batch_size)
     return torch.randint(0, 256, (n, *shape), dtype=torch.uint8)
 
-
 # ----------------------------------------------------------------------------------------------
 # train.py.
 
 class Steps:
     """train.py's signals, of which there are none: a step is a turn, from hold() to agree()."""
-
     def __init__(self, turns):
         self.turns = turns
 
@@ -168,7 +160,6 @@ class Steps:
         """After a step: there is no signal and no save."""
         self.turns.end()
         return 0, False
-
 
 def fast(tree, name, overrides, amp_dtype, compiled=None):
     """Training by the train.py of a checkout, with a config of this one, on random images."""
@@ -198,13 +189,11 @@ def fast(tree, name, overrides, amp_dtype, compiled=None):
                 train.main()
     return run
 
-
 def before_edm2(path, overrides, args):
     """The step of a checkout whose modules lie flat beside train.py."""
     import data
     import options
     import runtime
-
     import train
     config, rt = options.load_config(path, overrides), runtime.start()
     B, shape = config["batch_size"], config["network"]["image_shape"]
@@ -214,7 +203,6 @@ def before_edm2(path, overrides, args):
         t.training_step(torch.randint(len(t.images), (B,), device=t.images.device))
     return step
 
-
 # ----------------------------------------------------------------------------------------------
 # The other sides: each function returns one that makes a training step.
 
@@ -223,11 +211,9 @@ def plain(config, amp_dtype):
     denoiser = diffusion.build(config, amp_dtype and getattr(torch, amp_dtype))
     return plain_loop(denoiser, config, amp_dtype)
 
-
 def peer(config, amp_dtype):
     """The Karras U-Net in the plain loop; preconditioning and loss are ours."""
     return plain_loop(peer_denoiser(config, amp_dtype), config, amp_dtype)
-
 
 def plain_loop(denoiser, config, amp_dtype):
     """A training step without anything that makes it fast."""
@@ -256,10 +242,8 @@ def plain_loop(denoiser, config, amp_dtype):
         return loss.mean().item()
     return step
 
-
 class Pictures(torch.utils.data.Dataset):
     """Images (N,C,H,W) uint8 by way of PIL, flipped at random."""
-
     def __init__(self, images):
         from torchvision import transforms
         self.pixels = images.permute(0, 2, 3, 1).numpy()
@@ -275,7 +259,6 @@ class Pictures(torch.utils.data.Dataset):
         image = image[..., 0] if image.shape[-1] == 1 else image
         return self.transform(Image.fromarray(image)) * 2 - 1
 
-
 def plain_batches(images, batch_size):
     """Batches (B,C,H,W) in [-1,1] from one DataLoader worker, without end."""
     loader = torch.utils.data.DataLoader(
@@ -284,13 +267,11 @@ def plain_batches(images, batch_size):
     while True:
         yield from loader
 
-
 # ----------------------------------------------------------------------------------------------
 # The peer.
 
 class KarrasUnet(torch.nn.Module):
     """The peer's U-Net with the calls of ours: its levels double up to the widest of ch_mults."""
-
     def __init__(self, network):
         from denoising_diffusion_pytorch import KarrasUnet as Peer
         super().__init__()
@@ -306,13 +287,11 @@ class KarrasUnet(torch.nn.Module):
     def forward(self, x, c_noise, return_features=False):
         return self.net(x, c_noise)
 
-
 def peer_denoiser(config, amp_dtype):
     """Our preconditioning and loss around the peer's network."""
     return diffusion.EDM(KarrasUnet(config.network), diffusion.build(config).uncertainty,
                          config.diffusion, config.network.image_shape,
                          amp_dtype and getattr(torch, amp_dtype))
-
 
 def peer_cost(config):
     """As diffusion.cost, of the peer."""
@@ -323,7 +302,6 @@ def peer_cost(config):
         denoiser(y, torch.randn(1), torch.randn_like(y))[0].sum().backward()
     return (sum(p.numel() for p in denoiser.net.parameters()),
             counter.get_total_flops() / 1e9)
-
 
 # ----------------------------------------------------------------------------------------------
 # Where a step's time goes.
@@ -368,7 +346,6 @@ def shares(name, overrides, amp_dtype):
         turns.take(function)
     return run
 
-
 # What the names of PyTorch's operations hold; of a GPU's kernels, whose names tell less, a guess.
 KINDS = {
     "convolutions": ("conv", "cudnn", "xmma", "implicit", "wgrad", "dgrad"),
@@ -378,7 +355,6 @@ KINDS = {
     "optimizer": ("adam", "Adam"),
     "EMA": ("lerp",),
 }
-
 
 def profile(make, *arguments):
     """Steps of a side that return the seconds of each of KINDS in them."""
@@ -403,7 +379,6 @@ def profile(make, *arguments):
         turns.before, turns.after = before, after
         turns.take(function)
     return run
-
 
 if __name__ == "__main__":
     main()

@@ -6,40 +6,32 @@ import math
 import pickle
 import zipfile
 from pathlib import Path
-
 import torch
-
 from edm2.errors import UserError, warn
 from edm2.files import atomic
 
 NETWORK = "net_type", "network", "diffusion.sigma_data"     # Keys of which a checkpoint is.
 
-
 class Damaged(UserError):
     """A file is not what was written, or not a checkpoint of this project."""
-
 
 def path_of(config, epoch):
     """The file that epoch `epoch` leaves behind."""
     return Path(config.save_dir) / "ckpts" / f"model_{epoch}.pth"
 
-
 def latest_paths(config):
     """The two last saves on the way, the newest first."""
     return [path_of(config, 0).with_name(name) for name in ("latest.pth", "latest_before.pth")]
-
 
 def epochs(config):
     """The epochs whose checkpoints exist, in rising order."""
     names = [path.name for path in path_of(config, 0).parent.glob("model_*.pth")]
     return sorted(int(name[6:-4]) for name in names if name[6:-4].isdecimal())
 
-
 def existing(config):
     """The checkpoints that exist, the newest first; those that tell no step before all."""
     paths = [path_of(config, epoch) for epoch in epochs(config)] + latest_paths(config)
     return sorted(filter(Path.exists, paths), key=step_of, reverse=True)
-
 
 def find(config, epoch=None):
     """The epoch meant: None the newest, n_epoch the last. UserError: there is no such one."""
@@ -52,14 +44,12 @@ def find(config, epoch=None):
         raise UserError(f"no checkpoint of epoch {epoch} in {folder}, only of {found}")
     return epoch
 
-
 def save(path, state):
     """Write a dict of tensors and plain values; latest.pth until now becomes latest_before.pth."""
     if path.name == "latest.pth" and path.exists():
         path.replace(path.with_name("latest_before.pth"))
     with atomic(path) as temporary, open(temporary, "wb") as file:
         torch.save(state, file)
-
 
 def load(path, keys=("network", "ema", "optimizer", "step", "config"), mmap=False):
     """Read what save() wrote, to the CPU; runs no code from it. Raises Damaged for a changed file
@@ -79,14 +69,12 @@ def load(path, keys=("network", "ema", "optimizer", "step", "config"), mmap=Fals
         raise Damaged(f"{path} is not a checkpoint of this project")
     return state
 
-
 def step_of(path):
     """The step of a checkpoint, unchecked; infinity where it tells none, as load() will say."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)["step"]
     except Exception:
         return math.inf
-
 
 def newest(config):
     """The path of the newest whole checkpoint, None without any; damaged ones are named. Raises
@@ -99,7 +87,6 @@ def newest(config):
             warn(f"{e}: looking for one before it")
     if paths:
         raise UserError(f"{paths[0].parent} holds only damaged checkpoints: move them away")
-
 
 def choose(config, fresh):
     """The path of the checkpoint to go on from, None for a new run: the newest or, unless the run
@@ -118,7 +105,6 @@ def choose(config, fresh):
                 later.replace(later.with_name(f"{later.name}.old"))
     return path
 
-
 def restore(module, state_dict):
     """Load a state dict into a module. Raises UserError naming a tensor that does not fit."""
     here, there = ({(name, x.shape) for name, x in state.items()}
@@ -126,7 +112,6 @@ def restore(module, state_dict):
     if here != there:
         raise UserError(f"a checkpoint of another network: they differ in {min(here ^ there)[0]}")
     module.load_state_dict(state_dict)
-
 
 def check_same(config, saved, keys):
     """Raise UserError listing where a Config differs from a checkpoint's in or below `keys`."""

@@ -5,10 +5,8 @@ import difflib
 import os
 import reprlib
 from typing import Annotated, Literal
-
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationError
-
 from edm2.errors import UserError
 
 SHAPES = {"digits": [1, 8, 8], "tinyimagenet": [3, 64, 64], "cifar10": [3, 32, 32],
@@ -17,13 +15,11 @@ FREE = {"n_epoch", "load_epoch", "data_root", "cache_dir", "classes", "save_dir"
         "save_every", "save_minutes", "log_every", "n_sample", "linear", "dynamics_every",
         "eval_every", "eval"}       # Keys that do not shape the result: a run may change them.
 
-
 def to_number(value):
     """A text such as 2e-2, which YAML 1.1 does not read as a number, and 3.0, as the number."""
     with contextlib.suppress(ValueError):
         value = float(value) if isinstance(value, str) else value
     return int(value) if isinstance(value, float) and value.is_integer() else value
-
 
 Number = Annotated[float, BeforeValidator(to_number), Field(allow_inf_nan=False, ge=-1e9, le=1e9)]
 NotNegative, Positive = Annotated[Number, Field(ge=0)], Annotated[Number, Field(gt=0)]
@@ -38,10 +34,8 @@ Levels = Field(min_length=1, max_length=8)              # A list with an item pe
 Folder = Annotated[str, Field(min_length=1, max_length=1000), AfterValidator(os.path.expanduser)]
 Alias = BeforeValidator(lambda s: {"cifar": "cifar10", "tiny": "tinyimagenet"}.get(str(s), s))
 
-
 class Section(BaseModel, strict=True, extra="forbid", frozen=True):
     """Keys and values of the types, ranges and defaults below; no others."""
-
 
 class Network(Section):
     """The networks' constructor arguments, and their defaults."""
@@ -52,7 +46,6 @@ class Network(Section):
     attn_channels_per_head: Width | None = None
     dropout: Fraction = 0.1
     n_blocks: Annotated[Count, Field(le=16)] = 3
-
 
 class Diffusion(Section):
     """Preconditioning, loss and sampler (EDM Table 1)."""
@@ -66,13 +59,11 @@ class Diffusion(Section):
     S_max: NotNegative = 1.0            # to this one,
     S_noise: NotNegative = 1.007        # standard deviation of its noise.
 
-
 class OptimArgs(Section):
     """Arguments of torch.optim's class."""
     betas: Annotated[list[Fraction], Field(min_length=2, max_length=2)] = [0.9, 0.999]
     eps: Unit = 1e-8
     weight_decay: NotNegative | None = None         # null: PyTorch's, 0 for Adam, 0.01 for AdamW.
-
 
 class Eval(Section):
     """What is measured every eval_every epochs, besides the held-out loss."""
@@ -81,12 +72,10 @@ class Eval(Section):
     features: Literal["inception", "dinov2-vit-b-14", "pixels"] = "inception"
     probe: bool = False                 # A linear probe, as `linear` says.
 
-
 class PosthocEma(Section):
     """Power-function averages for --sigma_rel (EDM2 section 3)."""
     sigma_rels: Annotated[list[SigmaRel], Field(max_length=8)] = []     # Lengths tracked.
     snapshots: Annotated[Count, Field(ge=2, le=500)] = 64       # Of each, kept over the run.
-
 
 class Linear(Section):
     """The linear probe."""
@@ -95,7 +84,6 @@ class Linear(Section):
     lrate: Positive = 1e-3
     timestep: Timestep = 4
     blockname: str = "out_6"
-
 
 class Config(Section):
     """A run."""
@@ -149,7 +137,6 @@ class Config(Section):
         assert self.eval_every or not (self.eval.fid or self.eval.probe), "eval needs eval_every"
         assert self.diffusion.sigma_min < self.diffusion.sigma_max, "sigma_min is above sigma_max"
 
-
 def load_config(path, overrides=()):
     """The Config of a YAML file, after overrides such as "network.dropout=0". Raises UserError for
     what is no YAML, and for a key that is unknown, missing, doubled, of a wrong type or range."""
@@ -177,10 +164,8 @@ def load_config(path, overrides=()):
     except ValidationError as e:
         raise UserError(f"config {path}: {explain(e)}") from None
 
-
 class Loader(yaml.SafeLoader):
     """PyYAML's, but a key that stands twice is an error: PyYAML takes the last."""
-
     def compose_mapping_node(self, anchor):
         """The node of a mapping."""
         node = super().compose_mapping_node(anchor)
@@ -189,7 +174,6 @@ class Loader(yaml.SafeLoader):
                 raise ValueError(f"line {key.start_mark.line + 1}: {key.value!r} stands twice")
         return node
 
-
 def parse_yaml(text, where):
     """The value of a YAML text. Raises UserError where it is none, or says a key twice."""
     try:
@@ -197,7 +181,6 @@ def parse_yaml(text, where):
     except Exception as e:                      # PyYAML raises whatever a strange text leads it to.
         line = f"line {e.problem_mark.line + 1}: {e.problem}" if hasattr(e, "problem_mark") else e
         raise UserError(f"{where}: not valid YAML: {line}") from None
-
 
 def explain(error):
     """A ValidationError's first error in one line; of an unknown key, where there is one."""

@@ -7,13 +7,11 @@ import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-
 import numpy as np
 import PIL
 import torch
 from filelock import FileLock
 from PIL import Image, ImageOps
-
 from edm2 import diffusion, distributed, files
 from edm2.errors import UserError, warn
 
@@ -21,7 +19,6 @@ DECODED = 2     # Version of the code that decodes: with another one, what was k
 NOISE = 1       # What a step's seed is for.
 TINY_URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
 TINY_MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
-
 
 def load(config, train=True):
     """The training or test set of a config, downloaded if missing and left decoded in cache_dir:
@@ -41,14 +38,12 @@ def load(config, train=True):
         write_npz(kept, images=images, labels=np.array(labels, np.int64))
     return torch.from_numpy(images), torch.tensor(labels, dtype=torch.int64)
 
-
 def load_digits(name, root, train, shape):
     """scikit-learn's digits, (1,8,8), 0..16 brought to 0..255; the last 360 are the test set."""
     from sklearn.datasets import load_digits as sklearn_digits  # Slow to import.
     digits, split = sklearn_digits(), slice(None, -360) if train else slice(-360, None)
     images = (digits.images * (255 / 16)).round().astype(np.uint8)[:, None]
     return images[split], digits.target[split]
-
 
 def load_cifar(name, root, train, shape):
     """CIFAR-10 or -100, (3,32,32), 50,000 and 10,000 images, by torchvision, MD5 checked."""
@@ -63,7 +58,6 @@ def load_cifar(name, root, train, shape):
                             f"remove {folder} to download it again")
     cifar = kind(root, train)
     return np.ascontiguousarray(cifar.data.transpose(0, 3, 1, 2)), cifar.targets
-
 
 def load_tinyimagenet(name, root, train, shape):
     """Tiny ImageNet in its original layout, (3,64,64). A label is the rank of the sorted wnid."""
@@ -88,7 +82,6 @@ def load_tinyimagenet(name, root, train, shape):
         raise UserError(f"Tiny ImageNet: {part} is damaged or missing ({e}); {remedy}") from None
     return decode([path for path, _ in found], shape, remedy), [label for _, label in found]
 
-
 def load_folder(name, root, train, shape):
     """Images in one sub-folder per class, resized and centre-cropped to `shape` (C,H,W): those to
     train on of root/train, where it exists, or root; the others of root/val or root/test."""
@@ -106,7 +99,6 @@ def load_folder(name, root, train, shape):
         raise UserError(f"{folder} and the training images differ in class {min(differences)}")
     return decode([path for path, _ in found.samples], shape), found.targets
 
-
 def decode(paths, shape, remedy="replace or remove it"):
     """Decode image files to one array (N, *shape) uint8, as decode_image does."""
     images = np.empty((len(paths), *shape), np.uint8)
@@ -114,7 +106,6 @@ def decode(paths, shape, remedy="replace or remove it"):
         for i, image in enumerate(pool.map(lambda p: decode_image(p, shape, remedy), paths)):
             images[i] = image
     return images
-
 
 def decode_image(path, shape=None, remedy="replace or remove it"):
     """Decode an image file to (C,H,W) uint8: resized and centre-cropped to `shape` with C 1 (gray)
@@ -134,7 +125,6 @@ def decode_image(path, shape=None, remedy="replace or remove it"):
         raise UserError(f"{path} is not a whole image ({reason}): {remedy}") from None
     return np.asarray(image).reshape(*image.size[::-1], -1).transpose(2, 0, 1)
 
-
 def cache_path(config, train):
     """The decoded set's .npz, by a hash of sources, shape, decoder; None: not kept, or no source"""
     root, split = Path(config.data_root), "train" if train else "test"
@@ -153,7 +143,6 @@ def cache_path(config, train):
     digest = hashlib.sha256("\n".join(about).encode(errors="surrogateescape")).hexdigest()
     return Path(config.cache_dir) / "data" / f"{config.dataset}-{split}-{digest[:16]}.npz"
 
-
 def write_npz(path, **arrays):
     """Leave arrays in a cache; where that fails, say so and go on."""
     try:
@@ -161,7 +150,6 @@ def write_npz(path, **arrays):
             np.savez(file, **arrays)
     except (UserError, OSError) as e:
         warn(f"{path} is not kept for the next time: {e}")
-
 
 def read_npz(path):
     """The arrays of an .npz by name. Runs no code from it. UserError where it is not whole."""
@@ -171,7 +159,6 @@ def read_npz(path):
     except Exception as e:      # numpy and zipfile raise what a damage leads them to.
         reason = getattr(e, "strerror", None) or ("" if "pickle" in str(e) else e)
         raise UserError(f"{path} is not a whole .npz file: {reason}") from None
-
 
 def fetch(name, url, md5, folder):
     """Download and unpack the archive with `folder` where that is missing, whole or not at all."""
@@ -194,18 +181,15 @@ def fetch(name, url, md5, folder):
         raise UserError(f"{name} could not be downloaded from {url} ({e}): download it elsewhere "
                         f"(MD5 {md5}) and unpack it as {folder}") from None
 
-
 def placement(nbytes, device):
     """The device for so many bytes: this one where they take less than half of what is free."""
     fits = device.type == "cuda" and nbytes < torch.cuda.mem_get_info(device)[0] / 2
     return device if fits else torch.device("cpu")
 
-
 @functools.lru_cache(2)
 def epoch_order(n, seed, epoch):
     """The order of n images in an epoch, (n,) int64: a function of (seed, epoch) alone."""
     return torch.from_numpy(np.random.default_rng((seed, epoch)).permutation(n))
-
 
 def draw(config, step, images, device, batch_gpu):
     """Image numbers, noise levels and noise ~ N(0,1) and flips of a step's total batch, B images;
@@ -220,7 +204,6 @@ def draw(config, step, images, device, batch_gpu):
             for drawn in (index, level, noise, flip)]
     return list(zip(*mine, strict=True))
 
-
 def batch(images, index, device, flip=None):
     """Images number `index` (B,) of a data set (N,C,H,W) uint8, as (B,C,H,W) float32 in [-1,1] on
     `device`. flip: (B,) bool, those to flip left to right; None: none."""
@@ -229,18 +212,15 @@ def batch(images, index, device, flip=None):
         x = torch.where(flip[:, None, None, None], x.flip(-1), x)
     return to_float(x)
 
-
 def to_float(images):
     """Pixels, uint8 0..255, as float32 in [-1,1]."""
     return images.float() / 127.5 - 1
-
 
 def save_png(image, path):
     """Write an image (C,H,W) uint8, on the CPU, as a PNG: whole or not at all."""
     pixels = image.permute(1, 2, 0).numpy()
     with files.atomic(path) as temporary:
         Image.fromarray(pixels[..., 0] if len(image) == 1 else pixels).save(temporary, "PNG")
-
 
 def grid(images, n_columns):
     """Images (N,C,H,W) uint8 side by side as one (C,H',W') uint8; small ones are enlarged."""

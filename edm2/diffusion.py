@@ -7,12 +7,10 @@ import re
 import time
 from contextlib import nullcontext
 from itertools import pairwise
-
 import numpy as np
 import torch
 import yaml
 from torch import nn
-
 import blockC
 import blockE
 import blockG
@@ -24,13 +22,10 @@ from unetG import UNetG
 
 NETWORKS = {"UNetC": (UNetC, blockC), "UNetE": (UNetE, blockE), "UNetG": (UNetG, blockG)}
 
-
 class EDM(nn.Module):
     """Denoiser D(x; sigma) and its training loss around a raw network F(x; c_noise).
-
     net: F, (B,C,H,W) and c_noise (B,) to (B,C,H,W). uncertainty: u, c_noise (B,) to (B,1), for the
     loss alone. diffusion: a config's section. image_shape: (C,H,W). amp_dtype: of F; None: fp32."""
-
     def __init__(self, net, uncertainty, diffusion, image_shape, amp_dtype=None):
         super().__init__()
         self.net, self.uncertainty = net, uncertainty
@@ -60,12 +55,10 @@ class EDM(nn.Module):
         unweighted = edm_loss(D_x, y, sigma, self.diffusion.sigma_data)
         return unweighted / u.exp() + u, unweighted     # Least where e^u is the expected loss.
 
-
 def edm_loss(D_x, y, sigma, sigma_data):
     """λ(sigma)·(D-y)², λ = (sigma²+sigma_data²)/(sigma·sigma_data)², the mean per pixel, (B,)."""
     weight = (sigma ** 2 + sigma_data ** 2) / (sigma * sigma_data) ** 2
     return weight * (D_x - y).square().mean(dim=(1, 2, 3))
-
 
 def build(config, amp_dtype=None):
     """An EDM from a Config. UserError: widths that the network's layers cannot divide."""
@@ -77,14 +70,12 @@ def build(config, amp_dtype=None):
     uncertainty = nn.Sequential(block.Fourier(128), block.Linear(128, 1))
     return EDM(net, uncertainty, config.diffusion, config.network.image_shape, amp_dtype)
 
-
 def deploy(denoiser, device, channels_last=True, compiled=None):
     """Bring an EDM for sampling or features to a device; compiled None: torch.compile on CUDA."""
     denoiser.to(device, memory_format=torch.channels_last if channels_last else None)
     if compiled or (compiled is None and device.type == "cuda"):
         denoiser.net.compile()
     return denoiser
-
 
 def cost(config):
     """Trainable parameters of the network, and GFLOP of one training image: two for each product of
@@ -102,11 +93,9 @@ def cost(config):
             products += 2 * pixels ** 2 * block.attention.proj.weight.shape[0]
     return sum(p.numel() for p in net.parameters()), 3 * 2 * products / 1e9
 
-
 def derive_seed(*numbers):
     """A 63-bit seed of non-negative numbers; all that is random is a function of such a seed."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
-
 
 def sigma_steps(diffusion, n_steps=18):
     """Noise levels sigma_max = sigma_0 > ... > sigma_{n-1} = sigma_min > 0, (n+1,) (EDM Eq. 5)."""
@@ -114,10 +103,8 @@ def sigma_steps(diffusion, n_steps=18):
     high, low = diffusion.sigma_max ** (1 / rho), diffusion.sigma_min ** (1 / rho)
     return np.append((high + np.linspace(0, 1, n_steps) * (low - high)) ** rho, 0)
 
-
 def heun_sampler(denoise, latents, sigmas, gamma=lambda sigma: 0, noise=None):
     """Heun's second-order method on the probability-flow ODE, with churn (EDM Alg. 2).
-
     denoise: D(x; sigma), of x (B,C,H,W) and sigma (B,), all float64. latents: (B,C,H,W) ~ N(0,1).
     sigmas: falling, ending in 0. gamma: the churn at a noise level; where it is above 0, noise()
     gives (B,C,H,W) ~ N(0,S_noise²). Return x (B,C,H,W) float64."""
@@ -139,7 +126,6 @@ def heun_sampler(denoise, latents, sigmas, gamma=lambda sigma: 0, noise=None):
             x_next = x + (sigma_next - sigma) * (d + slope(x_next, sigma_next)) / 2
         x = x_next
     return x
-
 
 @torch.no_grad()
 def generate(denoiser, indices, seed=0, n_steps=18, eta=0.0, clip_denoised=False):
@@ -164,29 +150,24 @@ def generate(denoiser, indices, seed=0, n_steps=18, eta=0.0, clip_denoised=False
                      lambda: diffusion.S_noise * noise())
     return (x * 127.5 + 128).clamp(0, 255).to(torch.uint8)
 
-
 # Dense TFLOP/s in float16 with sums in float32, by NVIDIA; the first one in a GPU's name counts.
 PEAKS = {"B200": 2250, "H200 NVL": 835, "H100 NVL": 835, "H200": 989, "H100 PCIe": 756, "H100": 989,
          "A100": 312, "L40S": 362, "A40": 150, "V100": 125, "T4": 65,
          "RTX 4090(?! Laptop)": 165, "RTX 3090(?! Laptop)": 71}
-
 
 def peak_flops(device):
     """The FLOP/s of a device in mixed precision, of which MFU is a share; None: not known."""
     name = device_name(device)
     return next((1e12 * n for gpu, n in PEAKS.items() if re.search(rf"\b{gpu}\b", name)), None)
 
-
 def device_name(device):
     """The name of a device, as it stands beside a result."""
     gpu, n = device.type == "cuda", torch.get_num_threads()
     return torch.cuda.get_device_name(device) if gpu else f"CPU ({n} threads)"
 
-
 def processes_on(device):
     """How many processes there are, on what device."""
     return f"{world_size()} process{'es' * (world_size() > 1)} on {device_name(device)}"
-
 
 def describe(config, device, precision):
     """Print the configuration, the network's size and cost, the processes and the precision."""
@@ -197,10 +178,8 @@ def describe(config, device, precision):
     print0(f"{text}--- {config.net_type}: {n_parameters:,} parameters, {gflop:.1f} GFLOP "
            f"per training image; {processes_on(device)}; {precision}")
 
-
 class Throughput:
     """Speed of training since the last reading, pauses apart, and memory."""
-
     def __init__(self, config, device, amp_dtype, step):
         self.batch_size, self.gflop = config.batch_size, cost(config)[1]
         self.peak = (peak_flops(device) if amp_dtype else None) or math.nan     # Then MFU is null.

@@ -6,13 +6,10 @@ import signal
 import socket
 import sys
 from datetime import timedelta
-
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
-
 from edm2.errors import Stopped, UserError
-
 
 def init():
     """Join torchrun's processes, where there are any; return this one's torch.device. Raises
@@ -41,46 +38,38 @@ def init():
             raise UserError(f"WORLD_SIZE is set ({e}): start with torchrun, or unset it") from None
     return gpu or torch.device("cpu")
 
-
 def cores():
     """The cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-
 
 def rank():
     """This process's number among all, from 0."""
     return dist.get_rank() if dist.is_initialized() else 0
 
-
 def world_size():
     """The number of processes, over all machines."""
     return dist.get_world_size() if dist.is_initialized() else 1
-
 
 def print0(*args):
     """Print in rank 0."""
     if rank() == 0:
         print(*args, flush=True)
 
-
 def progress(total, unit, initial=0, desc=None):
     """A tqdm bar of rank 0."""
     return tqdm(total=total, unit=unit, desc=desc, initial=initial, disable=rank() > 0,
                 mininterval=0.5 if sys.stderr.isatty() else 30)
-
 
 def barrier():
     """Wait for all processes."""
     if world_size() > 1:
         dist.barrier()
 
-
 def all_reduce(tensor):
     """Sum a tensor over all processes, in place, and return it."""
     if world_size() > 1:
         dist.all_reduce(tensor)
     return tensor
-
 
 def on_rank0(function, *args):
     """Return in all processes what a function returns in rank 0, or raise its UserError there."""
@@ -97,7 +86,6 @@ def on_rank0(function, *args):
         raise error
     return value
 
-
 @contextlib.contextmanager
 def rank0_first():
     """The first process of each machine goes first, the others follow: for downloads and caches."""
@@ -108,11 +96,9 @@ def rank0_first():
     if first:
         barrier()
 
-
 class Signals:
     """SIGTERM, SIGINT, SIGUSR1 (Slurm's warning) and, unless nohup ignores it, SIGHUP: they raise
     Stopped or, where something is unsaved (hold), are noted for agree()."""
-
     def __init__(self):
         self.signum, self.held = 0, False
         self.group = dist.new_group(backend="gloo") if world_size() > 1 else None

@@ -6,9 +6,7 @@ import itertools
 import json
 import math
 from pathlib import Path
-
 import torch
-
 from edm2 import data, diffusion, distributed
 from edm2.errors import UserError, warn
 
@@ -16,20 +14,16 @@ N_IMAGES = 8            # That the activations are of.
 ROWS = {"activation": "activations (RMS)", "weight": "weights (RMS)",
         "update": "update / weight (RMS)"}      # Of the figure.
 
-
 def default_every(total_steps):
     """Steps between records: 200 a run, in under 1 % of the time (benchmarks/README.md)."""
     return max(25, -(-total_steps // 200))
 
-
 class Recorder:
     """The root mean squares (RMS) that a run's dynamics consist of, in rank 0.
-
     Activations: of every block's output, without dropout, of the same N_IMAGES of images (N,C,H,W)
     uint8 and noise each time, at as many quantiles of the training's noise levels. Weights,
     gradients, updates: of every weight as the step's forward pass has left it (in E and G
     normalized); the update is the optimizer's change, relative to that RMS (EDM2 2.2)."""
-
     def __init__(self, denoiser, images, config, total_steps):
         self.denoiser, self.config, self.total_steps = denoiser, config, total_steps
         every, net = config.dynamics_every, denoiser.net
@@ -101,7 +95,6 @@ class Recorder:
         part = name.split(".")
         return "embedding" if {"emb", "emb0", "emb1"} & {*part} else self.groups[".".join(part[:2])]
 
-
 def block_groups(net, H, W):
     """{"encoder.0": "encoder 32x32", ...}, by the output size; the middle is of the decoder."""
     groups = {"stem": f"encoder {H}x{W}", "out_conv": f"decoder {H}x{W}"}
@@ -111,7 +104,6 @@ def block_groups(net, H, W):
             H, W = int(H * factor), int(W * factor)
             groups[f"{part}.{i}"] = f"{'encoder' if part == 'encoder' else 'decoder'} {H}x{W}"
     return groups
-
 
 def read_lines(path, check, remedy):
     """The JSON lines of a file that check(line) accepts; others are named. UserError: none."""
@@ -126,7 +118,6 @@ def read_lines(path, check, remedy):
         raise UserError(f"{path} is not there, or holds nothing to show: {remedy}")
     return found
 
-
 def read(runs):
     """{run: its records}. Raises UserError where there are none, or they are of different data."""
     def check(line):
@@ -139,7 +130,6 @@ def read(runs):
     if len(datasets := {str(found[-1]["dataset"]) for found in records.values()}) > 1:
         raise UserError(f"--dynamics compares runs of the same data, not {', '.join(datasets)}")
     return records
-
 
 def table(records):
     """Markdown, a row per run: how far single blocks and weights went, which means do not show."""
@@ -157,7 +147,6 @@ def table(records):
         rows.append(f"| {run} | {min(sizes):.2f} to {max(sizes):.3g} | {moved[most]:.3%} ({most}) "
                     f"| {min(last):.2g} to {max(last):.2g} |")
     return "\n".join(rows) + "\n"
-
 
 def curves(records):
     """{kind: {run: {group: [(Mimg, mean over the group)]}}} of records, for results.draw."""

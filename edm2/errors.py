@@ -5,19 +5,15 @@ import signal
 import sys
 import threading
 from pathlib import Path
-
 import torch
 import torch.distributed as dist
-
 
 class UserError(Exception):
     """Something the user can mend; the message names the file, key or value and what to do."""
     said = False        # True where another process prints the same.
 
-
 class Stopped(Exception):
     """A signal ends the command: Stopped(its number, where and what was saved)."""
-
 
 def warn(message):
     """Say something in one line on stderr."""
@@ -25,7 +21,6 @@ def warn(message):
     process = f" (process {os.environ.get('RANK', '?')})" * several
     line = " ".join([f"{Path(sys.argv[0]).name}{process}:", *str(message).split()])
     sys.stderr.write(f"{line}\n")       # At once, or two processes write into each other's line.
-
 
 def command(main):
     """Decorate a command's main(): its errors become one line and an exit code."""

@@ -2,16 +2,13 @@
 
 import math
 from pathlib import Path
-
 import numpy as np
 import torch
-
 from edm2 import data, diffusion, distributed, features, frechet, linear_probe
 from edm2.errors import UserError, warn
 
 LEVELS = np.geomspace(0.02, 20, 8)      # Noise levels of the held-out loss.
 CHUNK = 64                              # Images whose noise is drawn together, and pass together.
-
 
 def sample_grid(denoiser, images, config, epoch):
     """Write n_sample samples above as many real images to save_dir/grids; return that image."""
@@ -26,10 +23,8 @@ def sample_grid(denoiser, images, config, epoch):
         data.save_png(image, Path(config.save_dir) / "grids" / f"{epoch:04d}.png")
     return image
 
-
 class Evaluator:
     """What a config's `eval` asks for. UserError, before training: data or weights are missing."""
-
     def __init__(self, config, images, labels, device, batch_gpu=None):
         self.config, self.batch_gpu = config, batch_gpu
         try:
@@ -70,7 +65,6 @@ class Evaluator:
             moments.add(self.extractor(images)[0])
         samples = moments.statistics(f"{n} samples")
         return distributed.on_rank0(frechet.distance, samples, self.reference)
-
 
 @torch.no_grad()
 def held_out_loss(denoiser, images, batch_size=None):

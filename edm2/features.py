@@ -4,12 +4,10 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
-
 import numpy as np
 import torch
 from torch.nn.functional import adaptive_avg_pool2d
 from torch.nn.utils.fusion import fuse_conv_bn_eval
-
 from edm2 import data, distributed, files
 from edm2.errors import UserError
 
@@ -23,10 +21,8 @@ WEIGHTS = {
         "0b8b82f85de91b424aded121c7e1dcc2b7bc6d0adeea651bf73a13307fad8c73")}
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 
-
 class ImageSet:
     """Images (N,C,H,W) uint8 of one size, or paths; gray ones get the channels of the first."""
-
     def __init__(self, name, items, limit=None):
         self.name, self.items, self.shape = name, items[:limit], None
         if not len(self.items):
@@ -53,12 +49,10 @@ class ImageSet:
                 images = list(pool.map(self.read, part))
                 yield part, torch.from_numpy(np.stack(images + images[-1:] * (size - len(part))))
 
-
 def samples_folder(config, epoch, variant="", sigma_rel=None):
     """The folder of the images that sample.py makes from the checkpoint of `epoch`."""
     length = "" if sigma_rel is None else f"_sigma_rel{sigma_rel:g}"
     return Path(config.save_dir) / "samples" / f"{epoch}{length}{variant}"
-
 
 def read_settings(folder):
     """What sample.py wrote about a folder's images, {} where that is missing or damaged."""
@@ -67,12 +61,9 @@ def read_settings(folder):
     except (OSError, ValueError, TypeError):
         return {}
 
-
 class Extractor:
     """images (B,C,H,W) uint8 -> features (B,d) float32 and, of Inception, logits (B,1008).
-
     name: inception, dinov2-vit-b-14 or pixels. weights, weights_sha256: a file of other weights."""
-
     def __init__(self, name, device, weights=None, weights_sha256=None):
         self.name, self.device, self.sha256 = name, device, None
         self.label, self.version, self.network = "pixels", "1", pixels
@@ -99,12 +90,10 @@ class Extractor:
         """FID, or KID, where the features are Inception's; else such as FD(pixels)."""
         return name if self.label == "inception" else f"{name.replace('ID', 'D')}({self.label})"
 
-
 def pixels(images):
     """The pixels in [-1,1], flattened, (B,d); images above 32x32 are averaged down to that."""
     size = [min(side, 32) for side in images.shape[2:]]
     return (adaptive_avg_pool2d(data.to_float(images), size).flatten(1),)
-
 
 def find_weights(name, path=None, expected=None):
     """A network's weights, `path` or in torch's hub cache, where they are downloaded, and their
@@ -124,7 +113,6 @@ def find_weights(name, path=None, expected=None):
     if found != (expected or published).lower():
         raise UserError(f"{path} has SHA-256 {found}, not {expected or published}: take {url}")
     return path, found
-
 
 def load_network(name, path):
     """torch-fidelity's extractor. Raises UserError where it cannot be loaded."""

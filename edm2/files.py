@@ -4,17 +4,13 @@ import contextlib
 import hashlib
 import os
 from pathlib import Path
-
 from filelock import FileLock, Timeout
-
 from edm2.errors import UserError
-
 
 def sha256(path):
     """The SHA-256 of a file, as hex digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
 
 @contextlib.contextmanager
 def locked(folder):
@@ -25,7 +21,6 @@ def locked(folder):
             yield
     except Timeout:
         raise UserError(f"{folder} is in use by another run: wait, or choose another") from None
-
 
 @contextlib.contextmanager
 def atomic(path):
@@ -46,7 +41,6 @@ def atomic(path):
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
-
 
 def remove_temporaries(folder):
     """Remove what killed processes left of the files that they were writing."""

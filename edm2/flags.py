@@ -1,12 +1,9 @@
 """The flags that the commands share."""
 
 import argparse
-
 import torch
 from pydantic import TypeAdapter, ValidationError
-
 from edm2.config import Count, Index, SigmaRel, Timestep, explain
-
 
 def parser(docstring, network=False, sigma_rel=False, config_required=True):
     """An argument parser with the flags that the commands share, those of the network if asked."""
@@ -25,7 +22,6 @@ def parser(docstring, network=False, sigma_rel=False, config_required=True):
         add("--channels_last", action=either, default=True, help="activations as (B,H,W,C)")
     return p
 
-
 def flag(kind):
     """An argparse type from a type of config.py."""
     def convert(value):
@@ -35,11 +31,9 @@ def flag(kind):
             raise argparse.ArgumentTypeError(f"{explain(e)}, not {value!r}") from None
     return convert
 
-
 def epochs(value):
     """An argparse type: epochs with commas between, or "all"."""
     return value if value == "all" else [flag(Index)(item) for item in value.split(",")]
-
 
 def timesteps(value):
     """An argparse type: timesteps and ranges of them, such as 1-4,8."""
@@ -50,11 +44,9 @@ def timesteps(value):
         raise argparse.ArgumentTypeError(f"{value!r} is an empty range")
     return sorted(found)
 
-
 def dtype(name):
     """The torch.dtype of a name, None for None."""
     return name and getattr(torch, name)
-
 
 def precision(dtype):
     """The words for F's dtype: "float32", "float16 mixed precision", ..."""

@@ -4,17 +4,14 @@ import hashlib
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-
 import numpy as np
 import torch
-
 from edm2 import data, distributed
 from edm2.errors import UserError, warn
 from edm2.features import SUFFIXES, ImageSet
 
 N_FID = 50_000      # Samples of an FID that can be compared with published ones.
 METRICS = ("kid", "is", "precision", "recall")
-
 
 @dataclass
 class Statistics:
@@ -26,10 +23,8 @@ class Statistics:
     features: torch.Tensor | None = None
     logits: torch.Tensor | None = None
 
-
 class Moments:
     """Sums for mean and covariance of features (B,d), in batches and on several processes."""
-
     def __init__(self, d, device):
         self.n, self.sum, self.outer = (torch.zeros(shape, dtype=torch.float64, device=device)
                                         for shape in ([], [d], [d, d]))
@@ -48,7 +43,6 @@ class Moments:
         if not (torch.isfinite(mu).all() and torch.isfinite(sigma).all()):
             raise UserError(f"{name}: the features are NaN or Inf")
         return Statistics(name, mu.cpu().numpy(), sigma.cpu().numpy(), int(self.n))
-
 
 def compute(images, extractor, batch_size=None, keep=False):
     """An ImageSet's Statistics, by all processes; `keep`: with features. UserError: one image."""
@@ -73,7 +67,6 @@ def compute(images, extractor, batch_size=None, keep=False):
     kept = zip(("features", "logits"), map(distributed.all_reduce, kept), strict=False)
     return replace(moments.statistics(images.name), **{name: x.cpu() for name, x in kept})
 
-
 def read_statistics(name, arrays):
     """Statistics of arrays mu (d,) and sigma (d,d). Raises UserError where they are none."""
     mu, sigma = (np.asarray(arrays[key]) for key in ("mu", "sigma"))
@@ -87,7 +80,6 @@ def read_statistics(name, arrays):
     except (KeyError, ValueError, TypeError, OverflowError):
         n = None
     return Statistics(str(name), mu.astype(np.float64), sigma.astype(np.float64), n)
-
 
 def open_set(path, limit=None):
     """The ImageSet of a folder, sample.py's too, or an .npz; or the Statistics that it holds."""
@@ -109,10 +101,8 @@ def open_set(path, limit=None):
     last = images[0].shape[3] in (1, 3)
     return ImageSet(str(path), images[0].transpose(0, 3, 1, 2) if last else images[0], limit)
 
-
 def frechet_distance(mu1, sigma1, mu2, sigma2):
     """|mu1-mu2|² + Tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^(1/2)) of two Gaussians (Heusel 2017).
-
     sigma1 sigma2 has the eigenvalues of the symmetric Lᵀ sigma2 L where L Lᵀ = sigma1: the trace of
     the root is the sum of their roots. All float64. Raises UserError for what is no covariance."""
     try:
@@ -125,13 +115,11 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     root = np.sqrt(not_negative(np.linalg.eigvalsh(L.T @ sigma2 @ L))).sum()
     return float(np.square(mu1 - mu2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * root)
 
-
 def not_negative(values):
     """Rising eigenvalues, those that rounding brought below 0 at 0. UserError for negative ones."""
     if len(values) and values[0] < -1e-3 * abs(values[-1]):
         raise UserError(f"sigma has a negative eigenvalue, {values[0]:.3g}, and is no covariance")
     return values.clip(min=0)
-
 
 def distance(a, b):
     """frechet_distance of two Statistics. Raises UserError where their dimensions differ."""
@@ -142,7 +130,6 @@ def distance(a, b):
         return frechet_distance(a.mu, a.sigma, b.mu, b.sigma)
     except UserError as e:
         raise UserError(f"{a.name} against {b.name}: {e}") from None
-
 
 def other_metrics(names, samples, reference, extractor):
     """{metric: value} of METRICS, by torch-fidelity, on the kept features of two Statistics."""
@@ -165,10 +152,9 @@ def other_metrics(names, samples, reference, extractor):
         found |= {name: both[name] for name in ("precision", "recall") if name in names}
     return {extractor.metric(name): value for name, value in found.items()}
 
-
 def reference(config, images, extractor, batch_size=None, keep=False):
-    """The Statistics of a training set, images (N,C,H,W) uint8: from cache_dir/fid, by a hash of
-    all that they are of, or (or to `keep` features) computed and left there."""
+    """The Statistics of a training set, images (N,C,H,W) uint8: those in cache_dir/fid, named by a
+    hash of all that they are of; else, or to `keep` features, computed and left there."""
     about = {"dataset": config.dataset, "split": "train", "n": len(images),
              "images_sha256": hashlib.sha256(images.numpy()).hexdigest(),
              "features": extractor.name, "weights_sha256": extractor.sha256,

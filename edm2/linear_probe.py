@@ -5,16 +5,13 @@ its features are kept, and the epochs of the classifiers take turns on the draws
 
 import itertools
 from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
-
 from edm2 import data, diffusion, distributed
 from edm2.errors import UserError
 
 DRAW = 256                              # Images whose noise is drawn together, and pass together.
 TRAIN, TEST, HEADS, ORDER = 1, 2, 3, 4  # What seeds are for.
-
 
 def block_widths(config):
     """The decoder blocks in order of execution and their channels, {"out_1": 256, ...}."""
@@ -23,18 +20,15 @@ def block_widths(config):
         _, features = diffusion.build(config).denoise(x, torch.empty(1), return_features=True)
     return {name: feature.shape[1] for name, feature in features.items()}
 
-
 def check_blocks(config, blocks, name="linear.blockname"):
     """Raise UserError for a block that the config's network does not have."""
     widths = block_widths(config)
     if unknown := [block for block in blocks if block not in widths]:
         raise UserError(f"{name} {unknown[0]}: the network's blocks are {', '.join(widths)}")
 
-
 def sigma_of(config, timestep):
     """The noise level of a timestep t, which counts the sampler's 18 steps from their clean end."""
     return float(diffusion.sigma_steps(config.diffusion)[18 - timestep])
-
 
 @dataclass
 class BlockFeatures:
@@ -45,13 +39,10 @@ class BlockFeatures:
     labels: torch.Tensor
     row: torch.Tensor
 
-
 class Probe:
     """Test accuracies of linear layers on a denoiser's features.
-
     sets: {TRAIN: (images (N,C,H,W) uint8, labels (N,) int64), TEST: ...}. seed: of noise, flips,
     order and layers. passes: draws of noise and flips of each training image."""
-
     def __init__(self, config, denoiser, sets, seed=0, passes=5, batch_gpu=None):
         self.config, self.denoiser, self.sets = config, denoiser, sets
         self.seed, self.passes, self.batch_gpu = seed, passes, batch_gpu or DRAW

@@ -4,18 +4,14 @@ import contextlib
 import json
 import math
 from pathlib import Path
-
 from torch.utils.tensorboard import SummaryWriter
-
 from edm2.distributed import rank
 from edm2.errors import UserError
 from edm2.files import atomic
 
-
 class Log:
     """metrics.jsonl and dynamics.jsonl in save_dir, and the same in TensorBoard; by rank 0 alone. A
     run that goes on after `step` drops what came later, and the evaluation of that step itself."""
-
     def __init__(self, save_dir, step):
         self.folder, self.board = Path(save_dir), None
         if rank() == 0:
@@ -43,7 +39,6 @@ class Log:
         """Show an image (C,H,W) uint8 in TensorBoard."""
         if self.board:
             self.board.add_image(name, image, step)
-
 
 def lines_until(path, step):
     """The whole lines of the steps until `step`, its evaluation apart."""

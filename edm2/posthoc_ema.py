@@ -6,20 +6,16 @@ deviation of its profile relative to the training so far. Not with ema_pytorch.P
 hold counters in half precision, and it takes an update's number for the time, which is one more."""
 
 from pathlib import Path
-
 import torch
 from torch.nn.functional import pad
-
 from edm2 import checkpoint, diffusion, distributed
 from edm2.errors import UserError, warn
 
 WORST = 0.1     # Of a profile's error, relative in the L2 norm: above there is no reconstruction.
 
-
 class Averages:
     """The averages of a run's weights: the plain EMA, which `denoiser` has, and, where the config
     asks for them, those of posthoc_ema.sigma_rels. Each takes memory like a network."""
-
     def __init__(self, denoiser, config):
         from ema_pytorch import EMA
         from ema_pytorch.post_hoc_ema import KarrasEMA
@@ -62,13 +58,11 @@ class Averages:
             path = Path(self.config.save_dir) / "ema" / f"{step}.pth"
             checkpoint.save(path, snapshot(self.state()["posthoc"], step))
 
-
 def snapshot(posthoc, step):
     """What is kept of state()["posthoc"] after a step: the parameters alone, in half precision."""
     halves = [{name: weights[name].half() for name in posthoc["parameters"]}
               for weights in posthoc["averages"]]
     return posthoc | {"step": step, "averages": halves}
-
 
 def load_denoiser(config, epoch, weights="ema", sigma_rel=None, amp_dtype=None):
     """The EDM of a checkpoint, on the CPU: with its "ema" or "model" weights, or a post-hoc EMA of
@@ -81,7 +75,6 @@ def load_denoiser(config, epoch, weights="ema", sigma_rel=None, amp_dtype=None):
     checkpoint.restore(denoiser.net, found)
     return denoiser.eval().requires_grad_(False)
 
-
 def load_snapshots(config):
     """The snapshots of a run; damaged files are named and left out."""
     kept = []
@@ -91,7 +84,6 @@ def load_snapshots(config):
         except checkpoint.Damaged as e:
             warn(f"{e}: left out")
     return kept
-
 
 def coefficients(times, gammas, time, gamma):
     """Coefficients (n,) float64, of sum 1, by which averages of length gammas (n,) at times (n,)
@@ -106,7 +98,6 @@ def coefficients(times, gammas, time, gamma):
     x = torch.linalg.lstsq(system, right, driver="gelsd").solution[:-1, 0]
     own = p_dot_p(t_r, g_r, t_r, g_r)
     return x, ((own - 2 * b @ x + x @ A @ x) / own).clamp(min=0).sqrt().item()
-
 
 def reconstruct(saved, kept, sigma_rel):
     """The network's state dict with an average of length sigma_rel at the checkpoint `saved`, from

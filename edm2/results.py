@@ -13,14 +13,12 @@ import sys
 from datetime import datetime
 from importlib import metadata
 from pathlib import Path
-
 from edm2 import diffusion, distributed, dynamics, files, frechet
 from edm2.errors import UserError, command, warn
 
 NAMES = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "tinyimagenet": "Tiny ImageNet"}
 # The samples that the table compares.
 STANDARD = {"weights": "ema", "sigma_rel": None, "steps": 18, "eta": 0, "clip_denoised": False}
-
 
 def main():
     """Parse the command line, print the table, draw the curves."""
@@ -52,12 +50,10 @@ def main():
     print(text)
     figure = draw(rows, "relative EMA length, sigma_rel" if args.ema else
                   "training images seen (millions)", log=bool(args.dynamics))
-    out = args.out or ("dynamics.png" if args.dynamics else "ema.png" if args.ema else
-                       "results.png")
+    out = args.out or f"{'dynamics' if args.dynamics else 'ema' if args.ema else 'results'}.png"
     with files.atomic(out) as temporary:
         figure.savefig(temporary, format="png")
     print(f"curves: {out}")
-
 
 def record(config, results, device):
     """Append results, (name in TensorBoard, {figure, value, epoch, ...}), to results.jsonl too."""
@@ -77,13 +73,11 @@ def record(config, results, device):
             file.write(json.dumps(line | {"Mimg": mimg} | common) + "\n")
             board.add_scalar(name, line["value"], line["epoch"])
 
-
 def scored(folder):
     """The runs in or below a folder. Raises UserError where there are none."""
     if found := sorted(str(path.parent) for path in Path(folder).rglob("results.jsonl")):
         return found
     raise UserError(f"no results.jsonl in or below {folder}: use fid.py or probe.py first")
-
 
 def read(run, standard=STANDARD):
     """A run's results of the `standard` settings, the latest of each thing. UserError: none."""
@@ -107,11 +101,9 @@ def read(run, standard=STANDARD):
         raise UserError(f"{path} holds no results of these settings")
     return list(found.values())
 
-
 def is_distance(metric):
     """True for FID, FD(pixels), ...: the less the better."""
     return metric.startswith(("FID", "FD("))
-
 
 def curve(lines, metric):
     """The lines of a metric that compare, the best of each epoch by rising epoch, and a remark: of
@@ -134,7 +126,6 @@ def curve(lines, metric):
         remark = f" (t={chosen[0]} {chosen[1]}" + f", best of {equal}" * (equal > 1) + ")"
         remark *= len(groups) > 1
     return [groups[chosen][epoch] for epoch in sorted(groups[chosen])], remark
-
 
 def table(results, metrics):
     """Markdown: a row per data set, a column per metric and config, the best value @ its epoch. A
@@ -160,7 +151,6 @@ def table(results, metrics):
         text.append("| " + " | ".join(cells) + " |")
     return "\n".join(text) + "\n"
 
-
 def by_images(results, metrics):
     """{metric: {label: [(Mimg, value)]}}, a curve per run."""
     names = {run: f"{NAMES.get(lines[-1]['dataset'], lines[-1]['dataset'])} {lines[-1]['config']}"
@@ -171,7 +161,6 @@ def by_images(results, metrics):
         name = names[run] + f" ({run})" * (list(names.values()).count(names[run]) > 1)
         panels[metric][name + remark] = [(line["Mimg"], line["value"]) for line in best]
     return {titled(metric): curves for metric, curves in panels.items()}
-
 
 def by_length(run, name):
     """{metric: {epoch: [(sigma_rel, value)]}} of a run, of all metrics or `name`."""
@@ -189,13 +178,11 @@ def by_length(run, name):
             for metric, found in kinds.items() if name in (None, metric)]
     return {titled(kind): curves for kind, curves in best}
 
-
 def titled(metric):
     """The title of a metric's panel."""
     less = is_distance(metric) or metric.startswith(("KID", "KD("))
     unit = " (test accuracy, %)" * metric.startswith("probe")
     return f"{metric}{unit}, {'less' if less else 'more'} is better"
-
 
 def draw(rows, x_label, log=False):
     """A matplotlib Figure of {y label: {title: {label: [(x, y)]}}}, a row of panels per y label."""
@@ -217,7 +204,6 @@ def draw(rows, x_label, log=False):
         if log and high < 4 * low:          # What hardly changes is to look like that.
             panels[0].set_ylim(math.sqrt(low * high) / 2, math.sqrt(low * high) * 2)
     return figure
-
 
 if __name__ == "__main__":
     command(main)()

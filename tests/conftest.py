@@ -13,11 +13,10 @@ import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
-
 import pytest
 import torch
 import yaml
-
+from threadpoolctl import threadpool_limits
 from edm2.errors import command
 
 ROOT = Path(__file__).parents[1]
@@ -34,12 +33,12 @@ if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[int(os.environ["PYTEST_XDIST_WORKER"][2:]) % len(cores)]})
     torch.set_num_threads(1)
+    threadpool_limits(1)            # NumPy's and SciPy's.
 
 needs_cifar10 = pytest.mark.skipif(not (DATA / "cifar-10-batches-py").is_dir(),
                                    reason=f"no CIFAR-10 in {DATA}")
 needs_tiny = pytest.mark.skipif(not (DATA / "tiny-imagenet-200-small.zip").is_file(),
                                 reason=f"no zip of Tiny ImageNet in {DATA}")
-
 
 def tiny_config(folder, net_type="UNetC", **changes):
     """Write a config of a small network on the digits, 10 steps an epoch, to folder; its path."""
@@ -56,7 +55,6 @@ def tiny_config(folder, net_type="UNetC", **changes):
     path = Path(folder) / "config.yaml"
     path.write_text(yaml.safe_dump(config | {"network": network} | changes))
     return path
-
 
 def run(script, *args, cwd=ROOT, processes=None, **how):
     """Run a command as a user does: `python script` in this process, or torchrun in real
@@ -81,13 +79,11 @@ def run(script, *args, cwd=ROOT, processes=None, **how):
         socket.setdefaulttimeout(None)
     return SimpleNamespace(returncode=end.value.code, stdout=out.getvalue(), stderr=err.getvalue())
 
-
 def succeed(*args, **how):
     """Run a command and return its standard output; its errors are the test's."""
     done = run(*args, **how)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return done.stdout
-
 
 def refused(*args, words, **how):
     """Run a command that must end in exit code 2 and one line on stderr that holds all `words`."""
@@ -98,7 +94,6 @@ def refused(*args, words, **how):
     for word in words:
         assert str(word) in lines[0], lines[0]
 
-
 def launch(script, *args, processes=None, restarts=0):
     """Command line and environment of a real process, under torchrun where `processes` is given."""
     launcher = [sys.executable]
@@ -108,7 +103,6 @@ def launch(script, *args, processes=None, restarts=0):
     env = {name: value for name, value in os.environ.items()
            if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")}
     return {"args": [*launcher, str(ROOT / script), *map(str, args)], "env": env, "text": True}
-
 
 @contextlib.contextmanager
 def started(folder, script, *args, cwd=ROOT, **how):
@@ -123,7 +117,6 @@ def started(folder, script, *args, cwd=ROOT, **how):
         kill_all(str(args[args.index("--config") + 1]))
         process.wait()
 
-
 def processes_of(word):
     """The processes with `word` in their command line: {pid: RANK or None}; torchrun has none."""
     found = {}
@@ -136,13 +129,11 @@ def processes_of(word):
                     (line[5:] for line in lines if line.startswith("RANK=")), None)
     return found
 
-
 def kill_all(word):
     """SIGKILL to every process with `word` in its command line."""
     for pid in processes_of(word):
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-
 
 def wait_until(condition, timeout=120):
     """Look every 5 ms until condition() is true."""
@@ -151,7 +142,6 @@ def wait_until(condition, timeout=120):
         assert time.monotonic() < end, "it did not come to that"
         time.sleep(0.005)
 
-
 def metrics(save_dir, key="loss"):
     """The whole lines of metrics.jsonl that hold a key."""
     path = Path(save_dir) / "metrics.jsonl"
@@ -159,29 +149,24 @@ def metrics(save_dir, key="loss"):
     return [row for row in map(json.loads, (line for line in lines if line.endswith("\n")))
             if key in row]
 
-
 def last_step(save_dir):
     """The step of the last line of metrics.jsonl."""
     return max((row["step"] for row in metrics(save_dir)), default=0)
-
 
 def results(save_dir):
     """The lines of results.jsonl."""
     text = (Path(save_dir) / "results.jsonl").read_text()
     return [json.loads(line) for line in text.splitlines()]
 
-
 def weights(save_dir, epoch, key="network"):
     """One state dict of a checkpoint."""
     path = Path(save_dir) / "ckpts" / f"model_{epoch}.pth"
     return torch.load(path, weights_only=True)[key]
 
-
 def distance(a, b):
     """L2 of the difference of two state dicts over the L2 of the first."""
     flat_a, flat_b = (torch.cat([v.flatten().double() for v in state.values()]) for state in (a, b))
     return ((flat_a - flat_b).norm() / flat_a.norm()).item()
-
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
@@ -192,7 +177,6 @@ def trained(tmp_path_factory):
         "n_epoch": 20, "batch_size": 64, "lrate": 3e-3, "timestep": 4, "blockname": "out_2"})
     succeed("train.py", "--config", path)
     return folder
-
 
 @pytest.fixture(scope="session")
 def inception_weights(tmp_path_factory):

@@ -5,14 +5,12 @@ import inspect
 from collections import Counter
 from datetime import date
 from pathlib import Path
-
 import pytest
 import yaml
 from conftest import NETS, ROOT, run, tiny_config
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
-
 from edm2 import diffusion
 from edm2.config import Network, load_config
 from edm2.errors import UserError
@@ -20,11 +18,9 @@ from edm2.errors import UserError
 SHIPPED = [ROOT / "config" / dataset / f"{letter}.yaml" for dataset in (
     "cifar10", "cifar100", "digits", "tinyimagenet") for letter in "CEG"]
 
-
 def load(folder, *overrides, **changes):
     """The Config of a tiny run."""
     return load_config(tiny_config(folder, **changes), overrides)
-
 
 # Spec section 4. G's learning rate: docs/config-g.md.
 KEYS = ["n_epoch", "batch_size", "lrate", "warm_epoch", "tref_epoch", "flip", "ema", "optim"]
@@ -35,7 +31,6 @@ RECIPE = {  # Of 32x32 images and of Tiny ImageNet: KEYS; betas, dropout; parame
     "tiny C": ([2000, 192, 15e-5, 200, None, False, 0.9993, "Adam"], [0.9, 0.999], 0.1, 62_414_720),
     "tiny E": ([2000, 192, 7.5e-3, 200, 400, False, 0.9993, "Adam"], [0.9, 0.999], 0.1, 62_414_720),
     "tiny G": ([2000, 192, 3.75e-3, 200, 400, False, 0.9993, "Adam"], [0.9, 0.99], 0, 62_447_533)}
-
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda p: f"{p.parent.name}-{p.stem}")
 def test_shipped_config_is_the_recipe(path):
@@ -53,14 +48,12 @@ def test_shipped_config_is_the_recipe(path):
         assert list(config.diffusion.model_dump().values()) == [        # Spec section 3.
             0.5, -1.2, 1.2, 0.002, 80, 7, 0.01, 1, 1.007]
 
-
 @pytest.mark.parametrize("net_type", NETS)
 def test_network_defaults_are_the_constructors(net_type):
     parameters = inspect.signature(diffusion.NETWORKS[net_type][0]).parameters
     values = {name: list(p.default) if isinstance(p.default, tuple) else p.default
               for name, p in parameters.items()}
     assert list(Network().model_dump().items()) == list(values.items())
-
 
 def test_defaults_overrides_and_types(tmp_path):
     config = load(tmp_path, "network.dropout=0.5", "optim_args.betas=[0.8, 0.9]", "flip=true",
@@ -80,7 +73,6 @@ def test_defaults_overrides_and_types(tmp_path):
     assert load(tmp_path, dataset="cifar", network=network).dataset == "cifar10"
     with pytest.raises(ValidationError, match="frozen"):
         config.lrate = 1
-
 
 @pytest.mark.parametrize(("override", "words"), [
     ("lrat=1", "unknown key lrat; did you mean lrate?"), ("warm_epochs=1", "mean warm_epoch?"),
@@ -116,7 +108,6 @@ def test_bad_values_are_named(tmp_path, override, words):
     assert all(word in str(error.value) for word in [key, *words.split(" … ")]), error.value
     assert len(str(error.value)) < 600
 
-
 @pytest.mark.parametrize(("content", "words"), [
     ("", "keys and values"), ("- a\n- b\n", "keys and values"), ("just text", "keys and values"),
     ("a: [", "YAML: line 1"), ("\x00", "YAML"), ("\tseed: 0\n", "YAML: line 1"),
@@ -130,7 +121,6 @@ def test_bad_files_are_named(tmp_path, content, words):
     with pytest.raises(UserError, match=r"bad\.yaml") as error:
         load_config(path)
     assert words in str(error.value) and len(str(error.value)) < 500
-
 
 @pytest.mark.parametrize(("network", "words"), [
     ({"n_channels": 200, "attn_channels_per_head": None}, "200 channels cannot be divided into 32"),
@@ -147,7 +137,6 @@ def test_widths_that_do_not_divide(tmp_path, net_type, network, words, function)
         with pytest.raises(UserError, match=f"network: {words}"):
             function(config)
 
-
 TEXTS = [path.read_text() for path in [*SHIPPED, *SHIPPED[6:9] * 3]]     # Digits': they are fast.
 VALUES = st.one_of(
     st.integers(-1, 200), st.floats(), st.text(max_size=9), st.lists(st.booleans(), max_size=5),
@@ -156,7 +145,6 @@ VALUES = st.one_of(
         [[]], [None], [0.9, 0.99], [1, 8, 8], {1: 2}, {"a": {"b": 1}}, b"byte", date(2024, 2, 9)]))
 BITS = ["", "\t", " ", ": ", "- ", "[", "}", "#", "!!int ", "!!bool ", "!x ", "*a", "|", "? ",
         "@", "'", '"', "---\n", "...\n", "\x00", "\x85", "\ufeff", "\\", "é"]
-
 
 @st.composite
 def mutated(draw):
@@ -177,7 +165,6 @@ def mutated(draw):
         if draw(st.integers(0, 5)):
             section[draw(st.sampled_from(names))] = copy.deepcopy(draw(st.one_of(VALUES, wraps)))
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=draw(st.booleans())).encode()
-
 
 def test_mutated_configs(tmp_path):
     """train.py --dry_run of each is a dry run, or one line and exit code 2; nothing is written."""

@@ -9,18 +9,15 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest.mock import Mock
-
 import numpy as np
 import pytest
 import torch
 from conftest import DATA, ROOT, needs_cifar10, needs_tiny, wait_until
 from PIL import Image
 from torchvision.datasets.utils import calculate_md5
-
 from edm2 import data
 from edm2.config import SHAPES, Config, load_config
 from edm2.errors import UserError
-
 
 def config(dataset, root, shape=None, cache=None):
     """A Config of a data set."""
@@ -29,7 +26,6 @@ def config(dataset, root, shape=None, cache=None):
         network={"image_shape": shape or SHAPES.get(dataset, [3, 16, 16])}, n_epoch=1, batch_size=1,
         lrate=1, save_dir="run")
 
-
 def says(words, function, *args):
     """A function raises a UserError of sane length with all of `words`."""
     with pytest.raises(UserError) as error:
@@ -37,13 +33,11 @@ def says(words, function, *args):
     assert all(word in str(error.value) for word in words.split(" … ")), error.value
     assert len(str(error.value)) < 1000
 
-
 def picture(path, seed, mode="RGB", size=16):
     """Write a picture of noise."""
     path.parent.mkdir(parents=True, exist_ok=True)
     pixels = np.random.default_rng(seed).integers(0, 256, (size, size, 3), np.uint8)
     Image.fromarray(pixels).convert(mode).save(path)
-
 
 def make_folder(root):
     """Two classes, c0 and c1, of two pictures each, a.png and b.png; return root."""
@@ -51,18 +45,15 @@ def make_folder(root):
         picture(root / f"c{i // 2}" / f"{'ab'[i % 2]}.png", i)
     return root
 
-
 def cut(path):
     """Leave half of a file."""
     os.truncate(path, path.stat().st_size // 2)
-
 
 def flip(path):
     """Change one bit in the middle of a file."""
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
-
 
 def damage(path, change):
     """Remove a file or folder (None) or the files in it ("clear"), write bytes, or call."""
@@ -74,7 +65,6 @@ def damage(path, change):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     else:
         path.write_bytes(change)
-
 
 @pytest.mark.parametrize(("dataset", "shape", "n"), [
     ("digits", (1, 8, 8), (1437, 360)),
@@ -99,7 +89,6 @@ def test_digits_and_cifar10(tmp_path, monkeypatch, dataset, shape, n):
         monkeypatch.setattr(data, "load_cifar", None)       # They are kept decoded.
         assert all(map(torch.equal, all_four, [*data.load(given), *data.load(given, train=False)]))
 
-
 @needs_tiny
 def test_tinyimagenet_in_its_original_layout(tmp_path):
     shutil.unpack_archive(DATA / "tiny-imagenet-200-small.zip", tmp_path)
@@ -123,7 +112,6 @@ def test_tinyimagenet_in_its_original_layout(tmp_path):
     channels_equal = sum((x == x[:, :1]).flatten(1).all(1).sum() for x in (images, test_images))
     assert len(gray) == 114 and channels_equal >= 114
 
-
 def test_folder_with_train_and_val(tmp_path):
     make_folder(tmp_path / "train")
     for shape in ([3, 8, 8], [1, 8, 8]):
@@ -135,7 +123,6 @@ def test_folder_with_train_and_val(tmp_path):
     (tmp_path / "val" / "c0").rename(tmp_path / "val" / "z")        # Its rank is another label.
     says(f"{tmp_path}/val … differ in class c0", data.load, config("folder", tmp_path), False)
     says("folder of images per class", data.load, config("folder", tmp_path / "val" / "z"))
-
 
 @pytest.mark.parametrize(("mode", "name"), [
     ("L", "0.png"), ("LA", "0.png"), ("RGBA", "0.png"), ("P", "0.png"), ("RGB", "0.gif"),
@@ -153,7 +140,6 @@ def test_images_of_other_modes_and_sizes(tmp_path, mode, name):
     assert whole.shape == (1 if mode in ("L", "I;16") else 3, 64, 64) and whole.dtype == np.uint8
     assert np.abs(whole - ramp.astype(float).transpose(2, 0, 1)).mean() < (20 if mode == "P" else 6)
 
-
 def test_images_are_cropped_in_the_centre(tmp_path):
     stripes = np.repeat(np.uint8([0, 255, 0]), 8)[None, :, None].repeat(8, 0).repeat(3, 2)
     Image.fromarray(stripes).save(tmp_path / "wide.png")
@@ -162,9 +148,7 @@ def test_images_are_cropped_in_the_centre(tmp_path):
     column = data.decode_image(tmp_path / "column.png", [3, 32, 32])    # Resized first: 15 GB.
     assert column[:, 0, 0].tolist() == [9, 99, 199]
 
-
 N02, NOTES, TEXT = "train/n02/images", "val/val_annotations.txt", "wnids.txt"
-
 
 @pytest.mark.parametrize(("part", "change", "words"), [
     (TEXT, None, "No such file"), (TEXT, b"\xff", "is damaged … decode"),
@@ -190,7 +174,6 @@ def test_damaged_tinyimagenet(tmp_path, part, change, words):
     words = f"{folder}{'' if words[0] == '/' else f'/{part} … '}{words}"
     says(f"{words} … remove {folder} to download it again", data.load, given, train)
 
-
 @pytest.mark.parametrize(("part", "change", "words"), [
     ("c1", "clear", "classes c1"), ("c2", Path.mkdir, "classes c2"), ("", None, "is no folder"),
     ("c0/a.png", b"text", "replace or remove it"), ("c0/a.png", b"", "replace or remove it"),
@@ -201,7 +184,6 @@ def test_damaged_folder(tmp_path, part, change, words):
     damage(make_folder(tmp_path) / part, change)
     named = f"{tmp_path}/{part} is not a whole image" if "/" in part else str(tmp_path)
     says(f"{named} … {words}", data.load, config("folder", tmp_path))
-
 
 @needs_cifar10
 @pytest.mark.parametrize(("name", "change"), [
@@ -214,7 +196,6 @@ def test_damaged_cifar10(tmp_path, name, change):
     says(f"{folder / name} is missing, damaged or cut … remove {folder} to download it again",
          data.load, config("cifar10", tmp_path))
 
-
 @pytest.mark.parametrize(("dataset", "words"), [
     ("cifar10", "cs.toronto.edu … /cifar-10-batches-py … c58f30108f718f92721af3b95e74349a"),
     ("cifar100", "cs.toronto.edu … /cifar-100-python … eb9058c3a382ffc7106e4002c42a8d85"),
@@ -222,7 +203,6 @@ def test_damaged_cifar10(tmp_path, name, change):
 def test_without_a_network_it_says_how_by_hand(tmp_path, monkeypatch, dataset, words):
     monkeypatch.setattr("urllib.request.urlopen", Mock(side_effect=OSError("no network")))
     says(f"{tmp_path} … no network … {words}", data.load, config(dataset, tmp_path))
-
 
 @pytest.fixture(params=["zip", "gztar"])
 def server(tmp_path, monkeypatch, request):
@@ -252,11 +232,9 @@ def server(tmp_path, monkeypatch, request):
         httpd.go_on.set()
         httpd.shutdown()
 
-
 def left(folder):
     """What lies beside a folder, but for locks."""
     return sorted(path.name for path in folder.parent.iterdir() if path.suffix != ".lock")
-
 
 def arrives(server, requests, runs=1):
     """So many runs at once leave the folder and the archive alone, after so many requests."""
@@ -265,7 +243,6 @@ def arrives(server, requests, runs=1):
         list(pool.map(lambda _: data.fetch(*server.args), range(runs)))
     assert left(folder) == ["set", server.archive.name] and server.sent == requests
     assert len(list(folder.glob("c?/?.png"))) == 4 and not (folder / "stale").exists()
-
 
 def test_downloads(server):
     """Faulty ones leave nothing behind; an archive that lies there is unpacked if it is whole."""
@@ -285,7 +262,6 @@ def test_downloads(server):
     assert left(folder) == [server.archive.name]
     arrives(server, requests=2)
 
-
 @pytest.mark.parametrize("server", ["zip"], indirect=True)
 def test_killed_download_is_begun_anew_and_two_runs_download_once(server):
     code = ("import sys, pathlib; from edm2 import data; "
@@ -298,7 +274,6 @@ def test_killed_download_is_begun_anew_and_two_runs_download_once(server):
     (partial / "set" / "stale").mkdir(parents=True)         # As if it had been unpacking.
     arrives(server, requests=2, runs=2)
 
-
 @pytest.fixture
 def kept(tmp_path, monkeypatch):
     """A config of a folder of images, kept decoded, and the folder; data.decode counts."""
@@ -306,11 +281,9 @@ def kept(tmp_path, monkeypatch):
     folder = make_folder(tmp_path / "images")
     return config("folder", folder, cache=tmp_path / "cache"), folder
 
-
 def loaded(given, expected, decoded):
     """data.load gives what is expected, and has by now decoded so many sets."""
     assert all(map(torch.equal, expected, data.load(given))) and data.decode.call_count == decoded
-
 
 def test_a_data_set_is_decoded_once(kept, tmp_path, monkeypatch, capsys):
     given, folder = kept
@@ -332,7 +305,6 @@ def test_a_data_set_is_decoded_once(kept, tmp_path, monkeypatch, capsys):
     loaded(config("folder", folder, cache=folder / "c0" / "a.png"), first, 6)
     assert "a.png" in (err := capsys.readouterr().err) and "not kept for the next time" in err
 
-
 def test_changed_sources_are_decoded_anew(kept):
     given, f = kept
     data.load(given)
@@ -346,7 +318,6 @@ def test_changed_sources_are_decoded_anew(kept):
         loaded(config("folder", f), again, 2 * i + 3)
     (f / "c9").mkdir()
     says("classes c9", data.load, given)
-
 
 @pytest.mark.parametrize("change", [flip, cut, b"", b"[1, 2]", "code"])
 def test_a_damaged_kept_data_set_is_decoded_anew(kept, tmp_path, capsys, change):
@@ -364,7 +335,6 @@ def test_a_damaged_kept_data_set_is_decoded_anew(kept, tmp_path, capsys, change)
     loaded(kept[0], first, 2)
     assert not (tmp_path / "it ran").exists()
 
-
 def test_order_is_a_function_of_seed_and_epoch():
     order = data.epoch_order(1000, 1, 2)
     data.epoch_order.cache_clear()
@@ -372,7 +342,6 @@ def test_order_is_a_function_of_seed_and_epoch():
     assert sorted(order.tolist()) == list(range(1000))
     for other in ((1, 3), (2, 2)):
         assert (order == data.epoch_order(1000, *other)).float().mean() < 0.02
-
 
 def test_batch_is_in_minus_one_to_one_and_flips():
     images, cpu = torch.arange(256, dtype=torch.uint8).reshape(4, 1, 8, 8), torch.device("cpu")
@@ -382,7 +351,6 @@ def test_batch_is_in_minus_one_to_one_and_flips():
     torch.testing.assert_close(x[1], (images[0].float() / 127.5 - 1).flip(-1))
     back = (data.batch(images, torch.arange(4), cpu) * 127.5 + 128).clamp(0, 255).to(torch.uint8)
     assert torch.equal(back, images)
-
 
 def test_png_and_grid(tmp_path):
     images = torch.randint(0, 256, (5, 1, 8, 8), dtype=torch.uint8)

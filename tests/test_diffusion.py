@@ -3,29 +3,24 @@
 import copy
 import math
 from unittest.mock import Mock
-
 import numpy as np
 import pytest
 import torch
 from conftest import NETS, tiny_config
 from torch.utils.flop_counter import FlopCounterMode
-
 from edm2 import diffusion
 from edm2.config import Diffusion, Network, load_config
 
 MEAN, STD = 0.3, 0.5        # Of the analytic data distribution N(0.3, 0.5²).
 DEFAULT = Diffusion()
 
-
 def exact_denoiser(x, sigma):
     """E[y | x] for y ~ N(0.3, 0.5²), x = y + sigma·n."""
     s2 = sigma.reshape(-1, *[1] * (x.ndim - 1)) ** 2
     return (STD ** 2 * x + s2 * MEAN) / (STD ** 2 + s2)
 
-
 class Constant(torch.nn.Module):
     """A network F of one value: D = c_skip·x + c_out·value. It keeps what it is given."""
-
     def __init__(self, value=0.0):
         super().__init__()
         self.value = torch.nn.Parameter(torch.tensor(value), requires_grad=False)
@@ -34,22 +29,18 @@ class Constant(torch.nn.Module):
         self.x, self.c_noise = x, c_noise
         return self.value.expand_as(x)
 
-
 def constant(value=0.0, section=DEFAULT):
     return diffusion.EDM(Constant(value), None, section, (1, 8, 8))
-
 
 def small_edm(net_type, folder):
     torch.manual_seed(0)
     return diffusion.build(load_config(tiny_config(folder, net_type)))
-
 
 def weighted_error(model, sigma, n):
     """The mean of λ(D-y)² over n images at one noise level."""
     y, levels = MEAN + STD * torch.randn(n, 1, 1, 1), torch.full((n,), sigma)
     D_x = model.denoise(y + sigma * torch.randn_like(y), levels)
     return diffusion.edm_loss(D_x, y, levels, STD).mean()
-
 
 def test_sampler_against_the_exact_solution():
     latents = torch.from_numpy(np.random.default_rng(0).standard_normal((100_000, 1, 1, 1)))
@@ -67,7 +58,6 @@ def test_sampler_against_the_exact_solution():
     assert sigmas[::-1][[0, 1, 3, 4, 5, 18]] == pytest.approx(
         [0, 0.002, 0.0229, 0.0599, 0.1395, 80], abs=5e-5)
     assert len(sigmas) == 19 and sigmas[17] == pytest.approx(0.002)
-
 
 def test_churn_keeps_the_distribution(monkeypatch):
     """With the churn that generate() asks of the sampler; and clip_denoised."""
@@ -90,7 +80,6 @@ def test_churn_keeps_the_distribution(monkeypatch):
     assert x.std().item() == pytest.approx(STD, abs=0.02)
     assert x.mean().item() == pytest.approx(MEAN, abs=0.01)
 
-
 @pytest.mark.parametrize("net_type", NETS)
 @pytest.mark.parametrize("eta", [0.0, 0.7])
 def test_image_i_is_the_same_in_every_batch(tmp_path, net_type, eta):
@@ -107,7 +96,6 @@ def test_image_i_is_the_same_in_every_batch(tmp_path, net_type, eta):
     assert (other.int() - whole.int()).abs().max() > 1
     assert len({image.numpy().tobytes() for image in whole}) == 6
 
-
 def test_preconditioning_gives_unit_variance_input_and_target():
     model = constant(1.0)
     for sigma in (0.002, 0.5, 80.0):
@@ -121,7 +109,6 @@ def test_preconditioning_gives_unit_variance_input_and_target():
         target = (y - c_skip * x) / c_out       # What F learns: unit variance at every level.
         assert target.std().item() == pytest.approx(1, abs=0.01)
 
-
 def test_loss_is_the_mean_per_pixel_and_its_weight_that_of_edm():
     y, sigma = torch.randn(3, 2, 4, 4), torch.tensor([0.1, 1.0, 10.0])
     expected = 0.04 * (sigma ** 2 + 0.25) / (sigma * 0.5) ** 2
@@ -131,7 +118,6 @@ def test_loss_is_the_mean_per_pixel_and_its_weight_that_of_edm():
     weighted, unweighted = model(y, level, torch.randn_like(y))
     u = model.uncertainty((-1.2 + 1.2 * level) / 4)[:, 0]
     torch.testing.assert_close(weighted, unweighted / u.exp() + u)
-
 
 @pytest.mark.parametrize("net_type", ["UNetC", "UNetG"])
 def test_a_trained_u_head_finds_the_weighted_error(tmp_path, net_type):
@@ -152,7 +138,6 @@ def test_a_trained_u_head_finds_the_weighted_error(tmp_path, net_type):
         error = weighted_error(model, log_sigma.exp().item(), 200_000).item()
         with torch.no_grad():
             assert model.uncertainty(log_sigma / 4).exp().item() == pytest.approx(error, rel=0.1)
-
 
 @pytest.mark.parametrize("net_type", NETS)
 def test_cost_is_what_torch_counts(tmp_path, net_type):

@@ -2,27 +2,21 @@
 
 import json
 import math
-
 import pytest
 import torch
 from conftest import NETS, metrics, refused, run, succeed, tiny_config
 from PIL import Image
 from steps import IMAGES, train_steps
-
 from edm2.dynamics import Recorder, default_every
-
 
 def records(save_dir):
     return [json.loads(line) for line in (save_dir / "dynamics.jsonl").read_text().splitlines()]
 
-
 def flat(groups):
     return {name: value for group in groups.values() for name, value in group.items()}
 
-
 def rms(x):
     return x.double().square().mean().sqrt().item()
-
 
 @pytest.mark.parametrize("dtype", [None, "float16"])
 @pytest.mark.parametrize("net_type", NETS)
@@ -54,7 +48,6 @@ def test_a_record_is_what_happened(tmp_path, net_type, dtype):
     train_steps(tmp_path, net_type, dtype, 4, begin, after, dynamics_every=2, warm_epoch=0)
     assert checked == [1, 3, 4]                     # The last is one, too.
 
-
 def test_activations_are_those_of_the_blocks(tmp_path):
     """Against a forward pass by hand, and grouped by place and resolution."""
     run = train_steps(tmp_path, "UNetG", n=1)
@@ -74,12 +67,10 @@ def test_activations_are_those_of_the_blocks(tmp_path):
                         "encoder.0.emb": "embedding"}.items():
         assert recorder.group(name) == group
 
-
 def test_what_is_not_finite_is_left_open(tmp_path):
     train_steps(tmp_path, n=1, dynamics_every=1, begin=lambda run: run.denoiser.net.stem.weight
                 .register_hook(lambda grad: torch.full_like(grad, math.nan)))
     assert flat(records(tmp_path / "run")[0]["gradient"])["stem"] is None
-
 
 def test_a_run_records_and_goes_on(tmp_path):
     """What comes after the checkpoint that a run goes on from is dropped; two processes
@@ -105,7 +96,6 @@ def test_a_run_records_and_goes_on(tmp_path):
         assert word in board
     assert all("activation" not in line for line in metrics(folder))
 
-
 def write(folder, dataset="digits", net_type="UNetG"):
     groups = {"encoder 8x8": {"encoder.0": 1.0}, "embedding": {"emb0": 0.5},
               "decoder 8x8": {"decoder.0": 2.0, "decoder.1": None}}
@@ -115,7 +105,6 @@ def write(folder, dataset="digits", net_type="UNetG"):
     (folder / "dynamics.jsonl").write_text("".join(
         json.dumps(line | {"step": step, "Mimg": step / 10}) + "\n" for step in (1, 2)))
     return folder
-
 
 def test_dynamics_are_drawn_and_bad_input_is_refused(tmp_path):
     good, out = write(tmp_path / "g"), tmp_path / "out.png"
@@ -137,7 +126,6 @@ def test_dynamics_are_drawn_and_bad_input_is_refused(tmp_path):
     assert "| 0.50 to inf | inf% (decoder.1) | 0.5 to inf |" in done    # None: it was NaN or Inf.
     with Image.open(out) as image:
         assert image.width > 1200 and len(image.convert("RGB").getcolors(1 << 20)) > 50
-
 
 def test_weights_of_e_and_g_do_not_move_and_those_of_c_do(tmp_path):
     """A real run on the digits: forced weight normalization, seen in the records (EDM2 2.2)."""

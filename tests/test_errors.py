@@ -2,15 +2,12 @@
 
 import subprocess
 import sys
-
 import pytest
 import torch
 from conftest import ROOT, run, tiny_config
-
 from edm2 import checkpoint
 from edm2.config import load_config
 from edm2.errors import UserError
-
 
 def one_line(done, script, words):
     """A command was refused in one line (argparse puts its usage before) with all of `words`."""
@@ -21,11 +18,9 @@ def one_line(done, script, words):
     for word in words.split(" … "):
         assert word in lines[0], lines[0]
 
-
 def written(folder):
     """The files of a folder, but for locks."""
     return sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.endswith(".lock"))
-
 
 @pytest.mark.parametrize(("line", "words"), [       # NEW: --config of a new run; RUN: of `trained`.
     *((line.replace("CMD", name), words) for name in ("train.py", "sample.py", "fid.py", "probe.py")
@@ -82,7 +77,6 @@ def test_mistakes(tmp_path, trained, line, words):
     one_line(run(script, *args, cwd=tmp_path), script, words)
     assert (written(tmp_path), written(trained)) == before
 
-
 @pytest.mark.parametrize(("line", "code"), [
     *((f"{name}.py --config no.yaml", 2) for name in ("train", "sample", "fid", "probe")),
     ("-m edm2.results no.yaml", 2), ("train.py --config config/digits/G.yaml --dry_run", 0)])
@@ -94,7 +88,6 @@ def test_a_real_process(line, code):
     else:
         assert done.stderr == ""
 
-
 def test_a_batch_that_the_processes_cannot_share(tmp_path):
     path = tiny_config(tmp_path, batch_size=33)
     done = run("train.py", "--config", path, processes=2)       # torchrun adds its own report.
@@ -102,7 +95,6 @@ def test_a_batch_that_the_processes_cannot_share(tmp_path):
     assert lines and all("batch_size 33" in line and "2 processes" in line for line in lines)
     assert done.returncode == 1 and "exitcode  : 2" in done.stderr
     assert 'train.py", line' not in done.stderr and written(tmp_path) == [path]
-
 
 @pytest.mark.parametrize("environment", [{"WORLD_SIZE": "2"}, {"WORLD_SIZE": "2", "RANK": "x"}])
 def test_a_stray_environment(tmp_path, monkeypatch, environment):
@@ -112,7 +104,6 @@ def test_a_stray_environment(tmp_path, monkeypatch, environment):
     one_line(run(*dry_run), "train.py", "WORLD_SIZE … torchrun … unset")
     monkeypatch.setenv("WORLD_SIZE", "1")                       # One process is one process.
     assert run(*dry_run).returncode == 0
-
 
 @pytest.mark.parametrize(("content", "words"), [
     (b"", "is damaged"), (b"PK" + bytes(1000), "is damaged"), (b"text", "is damaged"),

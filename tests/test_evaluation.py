@@ -2,19 +2,16 @@
 
 import shutil
 from unittest import mock
-
 import numpy as np
 import pytest
 import torch
 from conftest import metrics, refused, succeed, tiny_config
-
 from edm2 import data, evaluation
 from edm2.config import load_config
 from edm2.errors import UserError
 from edm2.posthoc_ema import load_denoiser
 
 KEY = "heldout_loss"
-
 
 def test_the_held_out_loss_is_the_loss(trained, monkeypatch):
     """Against the loss written out; an image's noise depends on neither level nor other images."""
@@ -39,7 +36,6 @@ def test_the_held_out_loss_is_the_loss(trained, monkeypatch):
     assert torch.equal(seen[15][0][:1], seen[7][0]) and (seen[23][0][0] - seen[15][0][0]).std() > 9
     assert evaluation.held_out_loss(denoiser, images, 7) == pytest.approx(both, rel=1e-5)
     assert both[KEY] != pytest.approx(one[KEY], rel=1e-5)
-
 
 def test_a_schedule_and_what_it_gives(tmp_path):
     """Held-out loss, FD and probe at the epochs of eval_every and at the last: those of fid.py and
@@ -73,7 +69,6 @@ def test_a_schedule_and_what_it_gives(tmp_path):
         print(f"{processes} processes: {found[-1][KEY]:.8f} before, {again[-1][KEY]:.8f} again")
     assert metrics(save_dir, KEY) == found
 
-
 @pytest.mark.parametrize(("key", "words"), [
     ("eval.fid=1", ["eval.fid"]), ("eval.features=vgg", ["eval.features", "inception", "'vgg'"]),
     ("eval_every=0", ["eval_every"]), ("eval_every=null", ["eval_every"]),
@@ -85,7 +80,6 @@ def test_bad_keys_and_missing_weights_are_said_before_training(tmp_path, monkeyp
     config = tiny_config(tmp_path, eval_every=1, eval={"fid": 10})
     refused("train.py", "--config", config, "--set", key, words=words)
     assert not (tmp_path / "run").exists()
-
 
 def test_images_are_spread_and_a_score_that_fails_ends_nothing(trained, monkeypatch, capsys):
     """eval.images of a sorted set are of all classes; what cannot be scored is said."""

@@ -10,18 +10,15 @@ import signal
 import subprocess
 import sys
 import time
-
 import conftest
 import pytest
 import torch
 from conftest import last_step, metrics, processes_of, refused, run, started, succeed, wait_until
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_train import assert_same, equal
-
 import train
 from edm2 import checkpoint, diffusion
 from edm2.config import load_config
-
 
 def config_in(folder, net_type="UNetE", **changes):
     """A config of 12 epochs of 20 steps with all that is random in them, and many saves."""
@@ -29,7 +26,6 @@ def config_in(folder, net_type="UNetE", **changes):
     return conftest.tiny_config(folder, net_type, **{
         "flip": True, "network": {"dropout": 0.2, "n_channels": 16}, "n_epoch": 12, "tref_epoch": 2,
         "batch_size": 70, "save_every": 4, "save_minutes": 1e-3, "log_every": 3} | changes)
-
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
@@ -41,24 +37,20 @@ def whole(tmp_path_factory):
         return path.parent / "run"
     return train_it
 
-
 def lines_of(folder):
     """The command's own lines in folder/err, which holds no traceback of it."""
     text = (folder / "err").read_text()
     assert '/train.py", line' not in text, text[-3000:]
     return re.findall(r"train\.py(?: \(process \d\))?: .*", text)
 
-
 def newest(path):
     """The newest whole checkpoint of the run of a config."""
     return checkpoint.load(checkpoint.newest(load_config(path)))
-
 
 def content(folder):
     """Every file of a folder and what it holds."""
     return {str(path.relative_to(folder)): torch.load(path) if path.suffix == ".pth" else
             path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
-
 
 def kill_often(n, progress, folder, *command, processes=None):
     """Kill a command n times, some time after progress, or earlier; return what it printed."""
@@ -72,7 +64,6 @@ def kill_often(n, progress, folder, *command, processes=None):
             assert process.poll() is None
         said += (folder / "out").read_text()
     return said
-
 
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [None, 2])
@@ -90,7 +81,6 @@ def test_killed_at_twenty_random_moments(tmp_path, whole, processes):
         row["step"] for row in metrics(folder)] == sorted({*range(3, 241, 3), *range(20, 241, 20)})
     for part, name in (("ckpts", "model_{}.pth"), ("grids", "{:04}.png")):
         assert {p.name for p in (folder / part).iterdir()} == set(map(name.format, (0, 4, 8, 11)))
-
 
 @pytest.mark.parametrize(("name", "processes", "rank", "restarts"), [
     *((name, None, None, 0) for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP")),
@@ -122,7 +112,6 @@ def test_a_signal(tmp_path, whole, name, processes, rank, restarts):
     assert_same(whole(processes), folder, 4)
     assert not list(folder.rglob(".*.tmp"))
 
-
 def test_a_signal_that_nohup_ignores(tmp_path):
     path, folder = config_in(tmp_path, n_epoch=2), tmp_path / "run"
     args = ["nohup", *conftest.launch("train.py", "--config", path)["args"]]
@@ -130,7 +119,6 @@ def test_a_signal_that_nohup_ignores(tmp_path):
     wait_until(lambda: last_step(folder) >= 3)
     process.send_signal(signal.SIGHUP)
     assert process.wait(60) == 0 and last_step(folder) == 40
-
 
 @pytest.mark.parametrize(("changes", "seen"), [
     ({"n_sample": 5000}, "ckpts/latest.pth"),
@@ -152,7 +140,6 @@ def test_a_signal_in_a_sample_grid_or_an_evaluation(tmp_path, whole, changes, se
     assert grid.exists() and len(metrics(tmp_path / "run", "heldout_loss")) == evaluated
     assert [p.name for p in ckpts.iterdir()] == ["model_0.pth"]
     assert_same(whole(), tmp_path / "run", 0)
-
 
 @pytest.mark.parametrize("save_minutes", [1e-3, 10])
 def test_a_full_disk(tmp_path, whole, request, save_minutes):
@@ -178,7 +165,6 @@ def test_a_full_disk(tmp_path, whole, request, save_minutes):
     assert "going on" in succeed("train.py", "--config", path, "--set", "n_epoch=5")
     assert_same(whole(), folder, 4)
 
-
 @pytest.mark.parametrize("name", ["latest.pth", "model_0.pth", "0000.png"])
 def test_killed_before_a_file_has_its_name(tmp_path, whole, name):
     """The same command then gives what a run without a kill gives."""
@@ -194,7 +180,6 @@ def test_killed_before_a_file_has_its_name(tmp_path, whole, name):
     grid = {"0000.png": content(whole() / "grids")["0000.png"]}
     assert content(folder / "grids") == grid and list(content(folder / "ckpts")) == ["model_0.pth"]
 
-
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [None, 2])
 def test_sampling_killed_anywhere_gives_the_same_folder(trained, tmp_path, processes):
@@ -207,7 +192,6 @@ def test_sampling_killed_anywhere_gives_the_same_folder(trained, tmp_path, proce
     assert content(whole) == content(parts)
     assert len(content(parts)) == 1500 + 4      # grid.png, samples.npz, settings.json, .lock
 
-
 def test_two_runs_in_one_folder(trained, tmp_path):
     path, images = config_in(tmp_path, n_epoch=1000, save_every=1000), tmp_path / "images"
     sampling = ["--config", trained / "config.yaml", "--n_samples", 3000, "--out", images]
@@ -219,7 +203,6 @@ def test_two_runs_in_one_folder(trained, tmp_path):
             refused(*command, words=[f"{folder} is in use by another run"])
             assert first.poll() is None
 
-
 @pytest.fixture
 def copied(trained, tmp_path):
     """The command and Config of a copy of the trained run, and the folder of its checkpoints."""
@@ -227,14 +210,12 @@ def copied(trained, tmp_path):
     flags = ["--config", trained / "config.yaml", "--set", f"save_dir={tmp_path / 'run'}"]
     return ["train.py", *flags], load_config(flags[1], [flags[3]]), tmp_path / "run" / "ckpts"
 
-
 def damage(path, draw):
     """Cut a file somewhere, or flip bits of one byte or five, anywhere."""
     data = bytearray(path.read_bytes())
     for _ in range(n := draw.choice([0, 1, 1, 5])):
         data[draw.randrange(len(data))] ^= draw.randrange(1, 256)
     path.write_bytes(data if n else data[:draw.randrange(len(data))])
-
 
 def test_sixty_damages_are_detected(copied, capsys):
     """Of an epoch's checkpoint and of latest.pth: the one before is taken."""
@@ -254,7 +235,6 @@ def test_sixty_damages_are_detected(copied, capsys):
         path.unlink()
     assert detected >= 55
 
-
 def test_training_goes_on_from_the_one_before_a_damaged_one(copied, trained):
     command, _, ckpts = copied
     damage(ckpts / "model_3.pth", random.Random(1))
@@ -272,7 +252,6 @@ def test_training_goes_on_from_the_one_before_a_damaged_one(copied, trained):
     (ckpts / "latest.pth").mkdir(parents=True)      # The system cannot read it: it may be whole.
     refused(*command, words=["cannot read", "latest.pth", "directory"])
 
-
 def test_a_pickle_that_would_run_code_does_not(copied, tmp_path, monkeypatch):
     class Evil:
         def __reduce__(self):
@@ -287,7 +266,6 @@ def test_a_pickle_that_would_run_code_does_not(copied, tmp_path, monkeypatch):
     torch.save(Evil(), "evil.pth")
     torch.load("evil.pth", weights_only=False)      # It would have.
     assert (tmp_path / "ran").exists()
-
 
 def test_checkpoints_of_others_are_refused_with_what_differs(copied):
     """Of another config, other data, another network."""
@@ -308,7 +286,6 @@ def test_checkpoints_of_others_are_refused_with_what_differs(copied):
     for script, *flags in (command, ["sample.py", *command[1:], "--weights", "model"]):
         refused(script, *flags, words=["of another network", f"differ in {name}"])
 
-
 def test_fresh_load_epoch_and_a_smaller_n_epoch_lose_nothing(copied):
     command, _, ckpts = copied
     often, before = ["--set", "save_minutes=1e-9", "--max_steps"], content(ckpts)
@@ -326,7 +303,6 @@ def test_fresh_load_epoch_and_a_smaller_n_epoch_lose_nothing(copied):
     assert "trained already" in succeed(*command, "--set", "n_epoch=1")
     assert equal(content(ckpts), before) and before["latest.pth"]["step"] == 43
 
-
 def poison(patch, value, steps):
     """From now on one gradient of these steps is `value`."""
     class Poisoned(train.Run):
@@ -336,7 +312,6 @@ def poison(patch, value, steps):
             one = torch.arange(stem.numel()).view_as(stem) == 7
             stem.register_hook(lambda grad: grad.masked_fill(one & (self.step in steps), value))
     patch.setattr(train, "Run", Poisoned)
-
 
 @pytest.mark.parametrize(("value", "log_every"), [("nan", 1), ("inf", 1000), ("-inf", 1000)])
 def test_twenty_bad_gradients_in_a_row_end_the_run(tmp_path, monkeypatch, value, log_every):
@@ -354,7 +329,6 @@ def test_twenty_bad_gradients_in_a_row_end_the_run(tmp_path, monkeypatch, value,
     monkeypatch.undo()
     assert "after step 20\n" in succeed("train.py", "--config", path)
 
-
 def test_a_bad_gradient_is_zero_for_adam_and_the_others_count(tmp_path, monkeypatch):
     """Its weight moves as Adam moves it with gradient 0, all others as ever."""
     states = []
@@ -366,7 +340,6 @@ def test_a_bad_gradient_is_zero_for_adam_and_the_others_count(tmp_path, monkeypa
         monkeypatch.undo()
     assert [state["bad_steps"] for state in states] == [0, 1]
     assert all(equal(states[0][key], states[1][key]) for key in ("network", "ema", "optimizer"))
-
 
 def test_a_run_that_had_bad_steps_goes_on_exactly(tmp_path, monkeypatch):
     """Under float16 a bad step is left out and halves the scale; the scaler and the number of bad

@@ -9,7 +9,6 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-
 import conftest
 import numpy as np
 import pytest
@@ -18,7 +17,6 @@ from conftest import DATA, ROOT, needs_cifar10, results, run, succeed
 from PIL import Image
 from torch.nn.functional import avg_pool2d
 from torch.utils.data import Subset
-
 from edm2 import data, features, files
 from edm2.errors import UserError
 from edm2.frechet import compute, frechet_distance
@@ -27,11 +25,9 @@ N = int(os.environ.get("FID_PARITY_N", 64))     # Images a set; 2000 take ten mi
 CPU, PIXELS = torch.device("cpu"), ("--features", "pixels")
 refused = functools.partial(conftest.refused, "fid.py")
 
-
 def scores(stdout):
     """{metric: value} of what fid.py prints."""
     return {name: float(value) for name, value in re.findall(r"^(\S+) ([-\d.e]+): ", stdout, re.M)}
-
 
 @needs_cifar10
 @pytest.mark.slow
@@ -59,7 +55,6 @@ def test_scores_are_torch_fidelitys(tmp_path, inception_weights):
     for name in ("precision", "recall"):
         assert ours[name] == pytest.approx(theirs[name], abs=1.01 / N)
 
-
 def test_features_are_pytorch_fids(inception_weights, monkeypatch):
     """By the same random weights; it resizes otherwise, and takes 255, not 256, for 1."""
     from pytorch_fid import inception
@@ -72,10 +67,8 @@ def test_features_are_pytorch_fids(inception_weights, monkeypatch):
     assert ours.shape == (4, 2048) and theirs.std(0).mean() > 1e-3
     assert (ours - theirs).norm() < 1e-4 * (theirs - theirs.mean(0)).norm()
 
-
 def moments(x):
     return x.mean(0), np.cov(x, rowvar=False)
-
 
 @pytest.mark.slow
 def test_distance_of_commuting_gaussians_is_the_closed_form():
@@ -96,7 +89,6 @@ def test_distance_of_commuting_gaussians_is_the_closed_form():
         np.square(mu - scaled[0]).sum() + 0.25 * sigma.trace(), rel=1e-9)
     assert frechet_distance(mu, 0 * sigma, mu, sigma) == pytest.approx(sigma.trace())
 
-
 @pytest.mark.parametrize("n", [100, 1000])
 @pytest.mark.slow
 def test_distance_of_a_set_to_itself_and_of_few_images(n):
@@ -113,7 +105,6 @@ def test_distance_of_a_set_to_itself_and_of_few_images(n):
         assert found == pytest.approx(expected, rel=1e-8)
         assert frechet_distance(*b, *a) == pytest.approx(found, rel=1e-8)
 
-
 @needs_cifar10
 @pytest.mark.filterwarnings("ignore:The `disp` argument")
 def test_distance_is_pytorch_fids():
@@ -124,7 +115,6 @@ def test_distance_is_pytorch_fids():
     a, b = moments(x[:2000]), moments(x[2000:])
     theirs = calculate_frechet_distance(*a, *b)
     assert theirs > 0.01 and frechet_distance(*a, *b) == pytest.approx(theirs, rel=1e-5)
-
 
 def test_statistics_are_numpys():
     """Those of features that are not finite are refused; large images are averaged down."""
@@ -141,7 +131,6 @@ def test_statistics_are_numpys():
     found, = features.Extractor("pixels", CPU)(x)
     assert (found - avg_pool2d(x.float() / 127.5 - 1, 2).flatten(1)).abs().max() < 1e-6
 
-
 MEMORY = """
 import numpy as np, torch
 from edm2 import features, frechet
@@ -155,14 +144,12 @@ assert stats.n == 50_000 and np.isfinite(frechet.distance(stats, stats))
 print("MB:", peak() - before)
 """
 
-
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc to read memory from")
 @pytest.mark.slow
 def test_statistics_of_50000_images_need_less_than_a_gigabyte():
     done = subprocess.run([sys.executable, "-c", MEMORY], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert 30 < float(done.stdout.split("MB:")[1]) < 1000
-
 
 @pytest.fixture(scope="module")
 def sampled(trained, tmp_path_factory):
@@ -172,7 +159,6 @@ def sampled(trained, tmp_path_factory):
     for args in (["--epoch", 0], ["--epoch", 3, "--npz"], ["--epoch", 3, "--seed", 1]):
         succeed("sample.py", *flags, "--n_samples", 30, *args)
     return flags, copy
-
 
 def test_scores_a_run(sampled, tmp_path):
     """Epochs, seeds, metrics; what is kept of it; the reference once, or where it does not fit."""
@@ -212,7 +198,6 @@ def test_scores_a_run(sampled, tmp_path):
         assert again in done.stderr and str(cache) in done.stderr
         assert scores(done.stdout) == scores(first.stdout) and again not in run(*args).stderr
 
-
 @pytest.mark.parametrize("name", ["pixels", pytest.param("inception", marks=pytest.mark.slow)])
 def test_two_processes_and_any_two_sets(sampled, inception_weights, tmp_path, name):
     """Statistics agree to 1e-8; a folder, an .npz of images and one of statistics compare."""
@@ -243,13 +228,11 @@ def test_two_processes_and_any_two_sets(sampled, inception_weights, tmp_path, na
     same, = scores(succeed("fid.py", images, npz, *how)).values()
     assert abs(same) < 1e-6
 
-
 def pngs(folder, n=4, size=(8, 8)):
     folder.mkdir()
     for i in range(n):
         Image.new("RGB", size, (i, 0, 0)).save(folder / f"{i}.png")
     return folder
-
 
 def test_weights_are_refused(inception_weights, sampled, tmp_path):
     class Evil:                             # Runs code where a pickle is loaded without care.
@@ -265,7 +248,6 @@ def test_weights_are_refused(inception_weights, sampled, tmp_path):
             words=["cannot load", evil])
     assert not (tmp_path / "ran").exists() and sorted(save_dir.rglob("*")) == before
 
-
 @pytest.mark.parametrize("name", list(features.WEIGHTS))
 def test_neither_file_nor_network(tmp_path, name, monkeypatch):
     """Address, checksum, where to put it; a file that arrives damaged is refused; none is left."""
@@ -279,7 +261,6 @@ def test_neither_file_nor_network(tmp_path, name, monkeypatch):
     monkeypatch.setitem(features.WEIGHTS, name, (damaged.as_uri(), sha256))
     refused(a, a, "--features", name, words=["invalid hash", path])
     assert [p for p in tmp_path.rglob("*") if p.is_file() and p.parent != a] == [damaged]
-
 
 def test_images_are_refused(tmp_path):
     a, damaged, file = pngs(tmp_path / "a"), pngs(tmp_path / "bad"), tmp_path / "bad" / "2.png"
@@ -296,7 +277,6 @@ def test_images_are_refused(tmp_path):
     done = run("fid.py", a, damaged, *PIXELS, processes=2)
     assert done.returncode != 0 and f"{file} is not a whole image" in done.stderr
     assert 'fid.py", line' not in done.stderr
-
 
 def test_npz_are_refused(tmp_path):
     a, path, five = pngs(tmp_path / "a"), tmp_path / "b.npz", np.zeros(5)
@@ -316,7 +296,6 @@ def test_npz_are_refused(tmp_path):
     refused(a, path, *PIXELS, "--metrics", "kid", words=[path, "--metrics needs the images"])
     np.savez(path, mu=five, sigma=np.diag([1.0, 1, 1, 1, -1]))
     refused(path, path, words=["negative eigenvalue"])
-
 
 def test_no_images_of_a_checkpoint(sampled, tmp_path):
     """The error is the command to run, and it runs."""
@@ -341,7 +320,6 @@ def test_no_images_of_a_checkpoint(sampled, tmp_path):
     copy = shutil.copytree(save_dir, tmp_path / "run")
     shutil.copy(copy / "ckpts" / "model_0.pth", copy / "ckpts" / "model_3.pth")
     refused(*args, "--set", f"save_dir={copy}", words=["another checkpoint", copy])
-
 
 def test_arguments_are_refused():
     for args, word in (("", "A B"), ("a", "A B"), ("a b c", "A B"), ("a b --metrics fid", "'fid'"),

@@ -1,11 +1,9 @@
 """The three networks: parameter counts, magnitudes, precision, features."""
 
 import math
-
 import pytest
 import torch
 from conftest import NETS
-
 import blockC
 import blockE
 import blockG
@@ -16,19 +14,15 @@ SMALL = {"image_shape": (3, 16, 16), "n_channels": 32, "ch_mults": (1, 2), "is_a
          "attn_channels_per_head": 16, "dropout": 0.0, "n_blocks": 2}
 UNIT = pytest.approx(1, rel=0.02)
 
-
 def build(net_type, **changes):
     torch.manual_seed(0)
     return NETWORKS[net_type][0](**SMALL | changes)
 
-
 def inputs(n=2):
     return torch.randn(n, 3, 16, 16), torch.randn(n)
 
-
 def mean_square(x, *dim):
     return x.float().square().mean(dim) if dim else x.float().square().mean().item()
-
 
 @pytest.mark.parametrize(("size", "counts"), [
     ({}, (39_509_888, 39_509_888, 39_542_685)),
@@ -41,7 +35,6 @@ def test_parameter_counts(size, counts):
         with torch.device("meta"):
             net = NETWORKS[net_type][0](**size)
         assert sum(p.numel() for p in net.parameters() if p.requires_grad) == count, net_type
-
 
 def test_mp_functions_keep_unit_mean_square():
     """mp_sum also weighs the branch, mp_cat gives both equal shares (t = 0.5)."""
@@ -58,7 +51,6 @@ def test_mp_functions_keep_unit_mean_square():
     features = blockG.Fourier(200_000)(torch.tensor([-1.55, 0.0, 1.1]))
     assert features.dtype == torch.float32 and all(mean_square(row) == UNIT for row in features)
 
-
 @pytest.mark.parametrize("block", [blockE, blockG])
 def test_mp_layers_keep_unit_mean_square_and_blocks_clip(block):
     conv, linear = block.Conv2d(64, 2048, 3).eval(), block.Linear(1024, 2048).eval()
@@ -67,13 +59,11 @@ def test_mp_layers_keep_unit_mean_square_and_blocks_clip(block):
     module = block.Block(32, 32, 64, **({"decoder": True} if block is blockG else {})).eval()
     assert module(torch.full((1, 32, 4, 4), 1000.0), torch.randn(1, 64)).abs().max() == 256
 
-
 def test_resample():
     x = torch.arange(16.0).reshape(1, 1, 4, 4)
     assert blockC.resample(x, "down").flatten().tolist() == [2.5, 4.5, 10.5, 12.5]
     assert torch.equal(blockC.resample(x, "up")[0, 0, :2, :2], torch.zeros(2, 2))
     assert blockC.resample(x, None) is x
-
 
 def test_normalize_and_group_norm_give_unit_mean_square():
     """With the eps of the paper, EDM's number of groups, and no mean subtracted."""
@@ -95,7 +85,6 @@ def test_normalize_and_group_norm_give_unit_mean_square():
         assert blockC.GroupNorm(channels).groups == count
         assert blockC.GroupNorm(channels, 8).groups == min(8, channels // 4)
 
-
 def test_activations_leave_every_block_of_g_at_unit_magnitude():
     torch.manual_seed(0)
     net = NETWORKS["UNetG"][0](attn_channels_per_head=64).eval()    # The shipped 32x32 network.
@@ -107,7 +96,6 @@ def test_activations_leave_every_block_of_g_at_unit_magnitude():
     with torch.no_grad():
         net(torch.randn(4, 3, 32, 32), torch.randn(4))
     assert len(found) == 11 + 2 + 15 and all(0.75 < m < 1.25 for m in found.values()), found
-
 
 @pytest.mark.parametrize("net_type", ["UNetE", "UNetG"])
 def test_forced_weight_normalization(net_type):
@@ -134,7 +122,6 @@ def test_forced_weight_normalization(net_type):
     norms = w.flatten(1).norm(dim=1) * w.grad.flatten(1).norm(dim=1)
     assert (along < 1e-3 * norms + 1e-9).all()
 
-
 def test_initialization():
     for p in build("UNetC").parameters():           # Uniform He, none from zeros.
         bound = math.sqrt(3 / p[0].numel())
@@ -147,7 +134,6 @@ def test_initialization():
     for net_type in NETS:
         assert not any(name.endswith("bias") for name, _ in build(net_type).named_parameters())
 
-
 @pytest.mark.parametrize("block", [blockC, blockE, blockG])
 def test_attention_is_softmax_of_unit_magnitude_queries_and_keys(block):
     torch.manual_seed(0)
@@ -159,7 +145,6 @@ def test_attention_is_softmax_of_unit_magnitude_queries_and_keys(block):
     y = attention.proj(torch.einsum("bhqk,bhck->bhcq", weight, v).reshape(2, 32, 3, 5))
     expected = (0.7 * x + 0.3 * y) / math.sqrt(0.58) if block is blockG else x + y
     torch.testing.assert_close(attention(x), expected, rtol=1e-3, atol=1e-3)
-
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 @pytest.mark.parametrize("net_type", NETS)
@@ -181,7 +166,6 @@ def test_features_are_the_decoder_blocks_in_order(net_type, dtype):
             assert f.dtype == (dtype or torch.float32) and torch.isfinite(f).all()
             assert f.is_contiguous(memory_format=memory_format), name
 
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("net_type", NETS)
 def test_autocast_keeps_the_main_path_in_reduced_precision(net_type, dtype):
@@ -195,14 +179,12 @@ def test_autocast_keeps_the_main_path_in_reduced_precision(net_type, dtype):
     assert seen.pop("fourier") == torch.float32
     assert set(seen.values()) == {dtype}, {k: v for k, v in seen.items() if v != dtype}
 
-
 @pytest.mark.parametrize(("net_type", "changes", "word"), [
     ("UNetC", {"n_channels": 200}, "group norm"), ("UNetE", {"n_channels": 3}, "group norm"),
     ("UNetG", {"attn_channels_per_head": 48}, "attn_channels_per_head")])
 def test_widths_that_do_not_divide_are_refused(net_type, changes, word):
     with pytest.raises(ValueError, match=word):
         build(net_type, **changes)
-
 
 def test_dropout_only_in_training():
     net, x = build("UNetC", dropout=0.5), inputs(1)

@@ -1,19 +1,16 @@
 """Post-hoc EMA: averages of any length from two that were tracked, against that length tracked."""
 
 import copy
-
 import pytest
 import torch
 from conftest import distance, refused, results, run, succeed, tiny_config
 from ema_pytorch.post_hoc_ema import KarrasEMA, sigma_rel_to_gamma
-
 from edm2 import checkpoint, diffusion, posthoc_ema
 from edm2.config import load_config
 from edm2.errors import UserError
 
 TRACKED, DIRECT = "posthoc_ema.sigma_rels=[0.05,0.10]", "posthoc_ema.sigma_rels=[0.075,0.2]"
 GAMMAS = [sigma_rel_to_gamma(s) for s in (0.05, 0.10)]
-
 
 def test_coefficients_sum_to_one_and_give_the_tracked_back():
     times = [t + 1 for t in range(100, 1001, 100) for _ in GAMMAS]
@@ -23,7 +20,6 @@ def test_coefficients_sum_to_one_and_give_the_tracked_back():
         assert x.sum().item() == pytest.approx(1, abs=1e-9) and error < 0.1
         if gamma in GAMMAS:
             assert error < 1e-5 and x[-2:][GAMMAS.index(gamma)].item() == pytest.approx(1, abs=1e-4)
-
 
 def test_a_profile_by_hand():
     """The error of a reconstruction's profile, against profiles summed up update by update."""
@@ -44,7 +40,6 @@ def test_a_profile_by_hand():
     wanted = profile(n, gamma)
     assert ((total - wanted).norm() / wanted.norm()).item() < max(2 * error, 0.01)
 
-
 def check_third_length(saved, kept, wanted):
     """0.075 is put together within 1 %, and five times closer than the tracked lengths are."""
     found = posthoc_ema.reconstruct(saved, kept, 0.075)
@@ -53,7 +48,6 @@ def check_third_length(saved, kept, wanted):
     print(f"relative error of 0.075: {error:.5f}, of the tracked lengths: {tracked}")
     assert error < 0.01 and 5 * error < min(tracked)
     return found
-
 
 def test_100000_updates(tmp_path):
     """A tiny network, 100,000 updates, 64 snapshots in half precision: no counter overflows."""
@@ -73,7 +67,6 @@ def test_100000_updates(tmp_path):
     assert kept[-1]["averages"][0]["weight"].dtype == torch.float16
     check_third_length(saved, kept, direct.ema_model.state_dict())
 
-
 @pytest.fixture(scope="module")
 def tracked(tmp_path_factory):
     """Two runs of one network: one tracks 0.05 and 0.10 and is interrupted amid an epoch, the other
@@ -86,7 +79,6 @@ def tracked(tmp_path_factory):
     going_on = succeed(*train, TRACKED).partition("going on")[2]
     assert 78 < int(going_on.partition("after step ")[2].split()[0]) <= 91
     return path, load_config(path, [TRACKED]), load_config(path, [direct, DIRECT])
-
 
 @pytest.mark.parametrize("epoch", [2, 3])
 def test_a_third_length_and_a_resume(tracked, capsys, epoch):
@@ -107,7 +99,6 @@ def test_a_third_length_and_a_resume(tracked, capsys, epoch):
     states = [[s["network"], s["ema"], *s["posthoc"]["averages"]] for s in (before, one)]
     for a, b in zip(*states, strict=True):          # As they were.
         assert all(torch.equal(a[name], b[name]) for name in a)
-
 
 def test_a_reconstruction_is_sampled_scored_and_probed(tracked, trained, tmp_path):
     path, folder = tracked[0], tracked[0].parent / "run"

@@ -1,18 +1,15 @@
 """probe.py against scikit-learn and plain passes, over processes; what it writes and refuses."""
 
 import shutil
-
 import numpy as np
 import pytest
 import torch
 from conftest import DATA, NETS, ROOT, needs_cifar10, refused, results, succeed, tiny_config
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
-
 from edm2 import data, diffusion, linear_probe
 from edm2.config import load_config
 from edm2.linear_probe import TEST, TRAIN, BlockFeatures
-
 
 @pytest.fixture(scope="module")
 def probed(trained, tmp_path_factory):
@@ -23,13 +20,11 @@ def probed(trained, tmp_path_factory):
     torch.save(state, copy / "ckpts" / "model_1.pth")
     return ("--config", trained / "config.yaml", "--set", f"save_dir={copy}"), copy
 
-
 def make_probe(config, train, test=None, **how):
     """A Probe of sets (images, labels) by a random network."""
     torch.manual_seed(0)
     return linear_probe.Probe(config, diffusion.build(config).eval(),
                               {TRAIN: train, TEST: test or train}, **how)
-
 
 @pytest.mark.parametrize("net_type", NETS)
 def test_features_are_those_of_the_whole_network(tmp_path, net_type):
@@ -54,7 +49,6 @@ def test_features_are_those_of_the_whole_network(tmp_path, net_type):
         assert (found.values[1, 256:] - expected).abs().max() < 1e-5
     assert probe.extract(TEST, 3, ["out_1"]).values.shape == (1, 300, probe.widths["out_1"])
 
-
 def test_training_images_are_flipped_half_of_the_time(tmp_path):
     """Only where the config flips and only in training; a noise level of almost 0 shows it."""
     for flip in (False, True):
@@ -64,7 +58,6 @@ def test_training_images_are_flipped_half_of_the_time(tmp_path):
             values = make_probe(config, same, passes=1).extract(kind, 1, ["out_2"]).values[0]
             n = torch.isclose(values, values[:1], rtol=1e-3, atol=1e-4).all(1).sum().item()
             assert 90 < n < 166 if flip and kind == TRAIN else n == 256
-
 
 def test_every_image_once_an_epoch_and_every_draw_in_turn(tmp_path):
     config = load_config(tiny_config(tmp_path, linear={"n_epoch": 3, "batch_size": 4}))
@@ -78,7 +71,6 @@ def test_every_image_once_an_epoch_and_every_draw_in_turn(tmp_path):
         assert sorted(rows) == list(range(10)) and rows != list(range(10))
         seen |= set(zip(rows, draws, strict=True))
     assert len(seen) == 30
-
 
 def test_heads_of_different_widths_learn_as_they_would_alone(tmp_path):
     """The same accuracies beside others, on features that hold the answer or noise."""
@@ -99,7 +91,6 @@ def test_heads_of_different_widths_learn_as_they_would_alone(tmp_path):
     together, alone = accuracies(*blocks), [accuracies(name)[0] for name in blocks]
     assert together == pytest.approx(alone, abs=0.51)
     assert together[0] > 70 and together[1] < 40 and together[2] > 65
-
 
 @needs_cifar10
 @pytest.mark.slow
@@ -123,7 +114,6 @@ def test_accuracy_is_scikit_learns(tmp_path):
     print(ours, theirs)
     assert theirs > 25 and abs(ours - theirs) <= 1
 
-
 @pytest.mark.slow
 def test_digits_are_told_apart_at_least_as_well_as_from_raw_pixels(tmp_path):
     """After a third of the demo's training."""
@@ -136,12 +126,10 @@ def test_digits_are_told_apart_at_least_as_well_as_from_raw_pixels(tmp_path):
         x_test.flatten(1) / 255, y_test)
     assert results(tmp_path)[-1]["value"] >= 100 * pixels > 85
 
-
-@pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.slow)])
-def test_process_count_and_grid_change_nothing(probed, processes):
-    """Nor a third process, without any test image: to 0.1 points; another seed does."""
+def test_process_count_and_grid_change_nothing(probed):
+    """To 0.1 points; another seed does."""
     flags, save_dir, values = (*probed[0], "--set", "linear.lrate=3e-2"), probed[1], []
-    for args, n in (([], None), ([], processes), (["--batch_gpu", 100], None),
+    for args, n in (([], None), ([], 2), (["--batch_gpu", 100], None),
                     (["--blocks", "all"], None)):
         out = succeed("probe.py", *flags, *args, processes=n)
         found = [line for line in results(save_dir) if line["features"] == "out_2"][-1]
@@ -155,7 +143,6 @@ def test_process_count_and_grid_change_nothing(probed, processes):
     succeed("probe.py", *flags, "--seed", 1)
     last = results(save_dir)[-1]
     assert last["seeds"] == [1] and last["value"] != values[0]
-
 
 def test_grid(probed):
     """Every pair at once: a table, a heat map, a line of results each; the best named."""
@@ -177,7 +164,6 @@ def test_grid(probed):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     board = EventAccumulator(str(save_dir / "tensorboard" / "scores")).Reload()
     assert {event.step for event in board.Scalars("probe t=4 out_2 (%)")} >= {0, 3}
-
 
 @pytest.mark.parametrize(("args", "words"), [
     (["--set", "linear.blockname=out_9"], ["linear.blockname out_9", "out_1, out_2, out_3"]),

@@ -1,11 +1,9 @@
 """edm2.results: the table and the curves of what fid.py and probe.py leave behind."""
 
 import json
-
 import pytest
 from conftest import refused, run, succeed
 from PIL import Image
-
 
 def write(folder, dataset, config, *rows):
     """A run's results.jsonl; rows: (figure, value, epoch, n, other keys). Return its folder."""
@@ -16,7 +14,6 @@ def write(folder, dataset, config, *rows):
                     "features": "f", "seeds": [0], "dataset": dataset, "net_type": f"UNet{config}"}
             file.write(json.dumps(dict(line, **dict(*more))) + "\n")
     return folder
-
 
 def test_table_and_curves(tmp_path):
     c = write(
@@ -47,7 +44,6 @@ def test_table_and_curves(tmp_path):
     with Image.open(tmp_path / "out.png") as image:
         assert image.width > 1500 and len(image.convert("RGB").getcolors(1 << 20)) > 50
 
-
 def test_like_is_compared_with_like(tmp_path):
     """The timestep and block, or the n, of the most epochs, not the best at one. And: all below."""
     pair = [("probe", value, epoch, 360, {"timestep": 4, "features": "out_1"})
@@ -61,7 +57,6 @@ def test_like_is_compared_with_like(tmp_path):
     assert succeed("results.py", cwd=tmp_path).splitlines()[2] == row
     assert succeed("results.py", tmp_path, cwd=tmp_path).splitlines()[2] == row
     assert (tmp_path / "results.png").exists()
-
 
 @pytest.mark.parametrize(("args", "words"), [
     (["no"], ["no results.jsonl", "or below no"]), (["empty"], ["empty/results.jsonl"]),

@@ -3,7 +3,6 @@
 import json
 import shutil
 from pathlib import Path
-
 import numpy as np
 import pytest
 from conftest import refused, succeed
@@ -11,13 +10,11 @@ from PIL import Image
 
 N = 37
 
-
 @pytest.fixture(scope="module")
 def flags(trained, tmp_path_factory):
     """The flags for a copy of the trained run."""
     copy = shutil.copytree(trained / "run", tmp_path_factory.mktemp("sample") / "run")
     return "--config", trained / "config.yaml", "--set", f"save_dir={copy}", "--n_samples", N
-
 
 @pytest.fixture(scope="module")
 def reference(flags):
@@ -25,18 +22,15 @@ def reference(flags):
     out = succeed("sample.py", *flags)
     return Path(out.split("grid: ")[1].strip()).parent
 
-
 def read(folder, n=N):
     """The images of a folder, (n,H,W)."""
     paths = sorted((folder / "images").iterdir())
     assert [path.name for path in paths] == [f"{i:06d}.png" for i in range(n)]
     return np.stack([np.asarray(Image.open(path), int) for path in paths])
 
-
 def times(folder):
     """When the files of a folder were written."""
     return {path: path.stat().st_mtime_ns for path in folder.rglob("[!.]*")}
-
 
 def test_outputs(flags, reference):
     """Unusual settings have folders of their own; n_epoch means the last checkpoint."""
@@ -53,7 +47,6 @@ def test_outputs(flags, reference):
     # C and E have the same tensors: the config in the checkpoint tells them apart.
     refused("sample.py", *flags, "--set", "net_type=UNetC", words=["'UNetE' there, 'UNetC' here"])
 
-
 @pytest.mark.parametrize("eta", [0, 1])
 def test_the_images_do_not_depend_on_processes_and_batches(flags, reference, tmp_path, eta):
     found = []
@@ -63,7 +56,6 @@ def test_the_images_do_not_depend_on_processes_and_batches(flags, reference, tmp
         found.append(read(tmp_path / str(size)))
         assert np.abs(found[-1] - found[0]).max() <= 1
     assert (np.abs(found[0] - read(reference)).max() <= 1) == (eta == 0)
-
 
 def test_started_again_it_makes_what_is_missing(flags, tmp_path):
     command = ("sample.py", *flags, "--out", tmp_path, "--n_samples")
@@ -82,7 +74,6 @@ def test_started_again_it_makes_what_is_missing(flags, tmp_path):
     assert "0 of 3 images to make" in succeed(*command, 3)      # fid.py wants the 10 still.
     assert json.loads((tmp_path / "settings.json").read_text())["n_samples"] == 10
 
-
 @pytest.mark.parametrize("args", [
     ["--seed", 1], ["--weights", "model"], ["--eta", 0.5], ["--steps", 9], ["--epoch", 0],
     ["--clip_denoised"], ["--use_amp"]])
@@ -91,7 +82,6 @@ def test_a_folder_of_other_settings_is_refused(flags, reference, args):
     refused("sample.py", *flags, "--n_samples", N + 1, "--out", reference, *args,
             words=["other settings", name, reference])
     assert before == times(reference)
-
 
 @pytest.mark.parametrize(("name", "content", "word"), [
     *(("settings.json", content, "is damaged") for content in (b"", b"[1]", b"\xff")),

@@ -4,7 +4,6 @@ itself is measured in benchmarks/, never here."""
 import copy
 import subprocess
 import sys
-
 import numpy as np
 import pytest
 import torch
@@ -13,11 +12,9 @@ from ema_pytorch import EMA
 from steps import IMAGES, train_steps
 from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
-
 from edm2 import data, diffusion
 
 DTYPES = {None: 1e-5, "bfloat16": 2e-2, "float16": 2e-2}
-
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("net_type", NETS)
@@ -57,10 +54,8 @@ def test_a_step_is_the_plain_step(tmp_path, net_type, dtype):
         assert distance(plain.net.state_dict(), done.denoiser.net.state_dict()) < 1e-4
         assert distance(average.ema_model.state_dict(), done.averages.state()["ema"]) < 1e-4
 
-
 class Waits(TorchDispatchMode):
     """Notes what makes the host wait for a GPU: numbers fetched, sizes that depend on values."""
-
     def __init__(self):
         super().__init__()
         self.found = []
@@ -71,7 +66,6 @@ class Waits(TorchDispatchMode):
                 i is not None and i.dtype == torch.bool for i in args[1])):
             self.found.append(str(function))
         return function(*args, **kwargs or {})
-
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("net_type", NETS)
@@ -93,7 +87,6 @@ def test_nothing_waits_between_figures(tmp_path, net_type, dtype):
     with waits:                                     # It would see one.
         torch.ones(1).item()
     assert waits.found == ["aten._local_scalar_dense.default"]
-
 
 @pytest.mark.parametrize("dtype", [None, "float16"])
 @pytest.mark.parametrize("net_type", NETS)
@@ -122,7 +115,6 @@ def test_compiling_and_recording_change_nothing(tmp_path, net_type, dtype):
     assert len(graphs) == 2 and not counters["graph_break"]
     torch.compiler.reset()
 
-
 @pytest.mark.parametrize(("name", "tflops"), [
     ("NVIDIA H200", 989), ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756),
     ("NVIDIA H100 NVL", 835), ("NVIDIA A100-SXM4-40GB", 312), ("NVIDIA GeForce RTX 4090", 165),
@@ -132,7 +124,6 @@ def test_the_peak_that_mfu_is_a_share_of(monkeypatch, name, tflops):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     assert diffusion.peak_flops(torch.device("cuda")) == (tflops and tflops * 1e12)
     assert diffusion.peak_flops(torch.device("cpu")) is None
-
 
 def test_dry_run_imports_only_what_it_needs(tmp_path):
     """What is slow to import comes when it is used."""

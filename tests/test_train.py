@@ -2,7 +2,6 @@
 restart change what comes out."""
 
 import math
-
 import numpy as np
 import pytest
 import torch
@@ -11,7 +10,6 @@ from conftest import DATA, ROOT, distance, metrics, needs_cifar10, succeed, tiny
 from PIL import Image
 from steps import train_steps
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
 import train
 from edm2 import checkpoint, data, diffusion
 from edm2.config import load_config
@@ -19,18 +17,15 @@ from edm2.config import load_config
 ALL = ["network", "ema", "uncertainty"]
 BOARD = {"loss", "loss_unweighted", "lr", "grad_norm", "ema_decay", "img_per_s", "step_time_s"}
 
-
 def settings(text):
     """The flags --set of "a=1 b=2"."""
     return [word for setting in text.split() for word in ("--set", setting)]
-
 
 def equal(a, b):
     """Whether two states, or parts of them, hold bitwise the same."""
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(equal(value, b[key]) for key, value in a.items())
     return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
-
 
 def assert_same(a, b, epoch):
     """Two runs have bitwise the same weights, averages and moments, and once the same figures."""
@@ -42,7 +37,6 @@ def assert_same(a, b, epoch):
         values, others = ([row[key] for row in part] for part in rows)
         # The processes' sums of losses are added in another order after a restart.
         assert values == pytest.approx(others, rel=1e-6, abs=0), key
-
 
 @pytest.mark.slow
 @pytest.mark.parametrize("net_type", diffusion.NETWORKS)
@@ -74,9 +68,8 @@ def test_the_weights_do_not_depend_on_the_processes_or_passes(tmp_path, net_type
                  for folder in (one, other)]
         assert np.abs(grids[0] - grids[1]).max() <= 1
     same_run("one", n_epoch=2, processes=2)     # It goes on with another number of processes.
-    same_run("four", n_epoch=2)
-    assert distance(weights(one, 1), weights(others[0], 1)) < 1e-4
-
+    same_run("two_in_passes", n_epoch=2)
+    assert distance(weights(one, 1), weights(others[2], 1)) < 1e-4
 
 def test_outputs_of_a_run(trained):
     folder, steps = trained / "run", list(range(5, 41, 5))
@@ -101,7 +94,6 @@ def test_outputs_of_a_run(trained):
     grid = Image.open(folder / "grids" / "0001.png")
     assert grid.size == (2 * 34 + 2, 2 * (2 * 34 + 2))              # 4 above 4.
 
-
 def test_checkpoint_holds_plain_tensors_and_values_once(trained):
     state = torch.load(trained / "run" / "ckpts" / "model_1.pth", weights_only=True)
 
@@ -121,7 +113,6 @@ def test_checkpoint_holds_plain_tensors_and_values_once(trained):
     assert not any(name.startswith(("module.", "_orig_mod.", "net.")) for name in state["network"])
     assert 1e-4 < distance(state["network"], state["ema"]) < 0.5    # Raw and averaged weights.
 
-
 def test_going_on_gives_the_same_run(trained, tmp_path):
     """By itself and by hand, and without the lines that came later or were cut."""
     whole, parts = trained / "run", tmp_path / "run"
@@ -134,7 +125,6 @@ def test_going_on_gives_the_same_run(trained, tmp_path):
         assert_same(whole, parts, 3)
         assert [row["loss"] for row in metrics(parts)] == [row["loss"] for row in metrics(whole)]
         assert "trained already" in succeed(*command)
-
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("net_type", diffusion.NETWORKS)
@@ -149,11 +139,9 @@ def test_mixed_precision_trains(tmp_path, net_type, dtype):
     assert bool(state["scaler"]) == (dtype == "float16") and dtype in state["precision"]
     assert {value.dtype for value in state["network"].values()} == {torch.float32}
 
-
 KEYS = {"dataset", "classes", "model_type", "net_type", "diffusion", "network", "n_epoch", "flip",
         "batch_size", "lrate", "warm_epoch", "tref_epoch", "ema", "optim", "n_sample", "save_dir",
         "save_model", "linear"}
-
 
 def predecessors(name, folder):
     """A shipped config with the predecessor's keys and names, and an optim_args of comments."""
@@ -163,7 +151,6 @@ def predecessors(name, folder):
     del old["network"]["attn_channels_per_head"]
     (folder / "old.yaml").write_text(yaml.safe_dump(old) + "optim_args:\n#  betas: [0.9, 0.99]\n")
     return folder / "old.yaml"
-
 
 @pytest.mark.parametrize("dataset", ["cifar10", "cifar100", "tinyimagenet"])
 @pytest.mark.parametrize("letter", "CEG")
@@ -178,7 +165,6 @@ def test_a_config_of_the_predecessor_runs_unchanged_and_dry(tmp_path, dataset, l
     differing = {key for key, value in load_config(path) if value != getattr(shipped, key)}
     assert differing <= {"network", "optim_args", "eval_every"}
 
-
 @needs_cifar10
 @pytest.mark.slow
 def test_the_full_network_trains_on_cifar10(tmp_path):
@@ -190,7 +176,6 @@ def test_the_full_network_trains_on_cifar10(tmp_path):
     losses = [row["loss_unweighted"] for row in metrics(tmp_path / "runs" / "cifar10" / "C")]
     assert len(losses) == 3 and all(map(math.isfinite, losses)) and losses[2] < losses[0]
 
-
 @pytest.mark.slow
 @pytest.mark.parametrize("letter", "CEG")
 def test_the_digits_configs_learn(tmp_path, letter):
@@ -199,7 +184,6 @@ def test_the_digits_configs_learn(tmp_path, letter):
         f"n_epoch=6 log_every=1000 eval_every=null n_sample=1 save_dir={tmp_path}"))
     losses = [row["loss_unweighted"] for row in metrics(tmp_path)]          # One row an epoch.
     assert len(losses) == 6 and losses[-1] < 0.6 * losses[0], losses
-
 
 @pytest.mark.parametrize(("precision", "limit"), [([], 1e-5), (["--use_amp"], 1e-2)])
 def test_going_on_in_another_memory_layout(tmp_path, precision, limit):
@@ -214,7 +198,6 @@ def test_going_on_in_another_memory_layout(tmp_path, precision, limit):
     assert strides == [(18, 1, 6, 2), (18, 1, 6, 2), (18, 9, 3, 1)]
     assert distance(states[0]["network"], states[2]["network"]) < limit
 
-
 @pytest.mark.parametrize("net_type", ["UNetE", "UNetG"])
 def test_forced_weights_have_unit_mean_square_after_a_step_s_forward_pass(tmp_path, net_type):
     edm = train_steps(tmp_path, net_type, n=3).denoiser
@@ -223,7 +206,6 @@ def test_forced_weights_have_unit_mean_square_after_a_step_s_forward_pass(tmp_pa
         square = weight.square().mean(tuple(range(1, weight.ndim)))
         torch.testing.assert_close(square, torch.ones(len(weight)), rtol=0, atol=1e-3)
 
-
 def test_learning_rate(tmp_path):
     """EDM2 Eq. 67, of the step; 2 steps an epoch."""
     config = load_config(tiny_config(tmp_path, lrate=0.1, warm_epoch=5, tref_epoch=50))
@@ -231,7 +213,6 @@ def test_learning_rate(tmp_path):
         assert train.learning_rate(config, step, 2) == pytest.approx(lr)
     config = config.model_copy(update={"tref_epoch": None, "warm_epoch": 0})
     assert train.learning_rate(config, 0, 2) == train.learning_rate(config, 1600, 2) == 0.1
-
 
 def test_draws_are_functions_of_seed_and_step(tmp_path):
     """Image numbers, noise levels, noise and flips."""
