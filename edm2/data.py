@@ -146,6 +146,7 @@ def cache_path(config, train):
 def write_npz(path, **arrays):
     """Leave arrays in a cache; where that fails, say so and go on."""
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with files.atomic(path) as temporary, open(temporary, "wb") as file:
             np.savez(file, **arrays)
     except (UserError, OSError) as e:

@@ -29,7 +29,7 @@ def atomic(path):
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(exist_ok=True)    # Not what it lies in: a save_dir that went is missed.
         yield temporary
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
