@@ -15,6 +15,7 @@ whose worker would disturb the side that comes after it. Each is a process of it
 """
 
 import argparse
+import collections
 import contextlib
 import io
 import shlex
@@ -311,7 +312,7 @@ def shares(name, overrides, amp_dtype):
     seconds of their parts; the device is waited for around each part."""
     import train
     from edm2 import data, log
-    spent = {}
+    spent = collections.defaultdict(float)
 
     def wait():
         if torch.cuda.is_available():
