@@ -34,7 +34,8 @@ def main():
             (set(args.metrics) - set(frechet.METRICS), f"--metrics {args.metrics}: not known"),
             ("is" in args.metrics and args.features != "inception", "is: of --features inception"),
             (args.images and which, "--images says which: no --epoch, --repeat, --sigma_rel"),
-            (args.weights and args.features != "inception", "--weights: of --features inception"),
+            ((args.weights or args.weights_sha256) and args.features != "inception",
+             "--weights: of --features inception"),
             (args.paths and (args.set or args.images or which), "what is of a run needs --config")):
         if wrong:
             p.error(message)
@@ -127,6 +128,8 @@ def find_sets(config, args):
             if missing := [name for name in names if not Path(folder, name).exists()]:
                 raise UserError(f"{folder} lacks {len(missing):,} images, {missing[0]}: {make}")
             sets.setdefault(epoch, {})[str(folder)] = settings
+    if not sets:
+        raise UserError(f"no epoch of {config.save_dir} has samples: make some with sample.py")
     return sets
 
 if __name__ == "__main__":

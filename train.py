@@ -50,7 +50,7 @@ def train(config, args, images, device, evaluator, signals):
     run = Run(config, args, device, len(images))
     if run.resume(args.fresh):
         return distributed.print0(f"{config.save_dir} is trained already: raise n_epoch to go on")
-    log = Log(config.save_dir, run.step)
+    log = Log(config.save_dir, run.step, is_due(config.eval_every, run))
     bar = distributed.progress(run.total_steps, "step", run.step)
     recorder = dynamics.Recorder(run.denoiser, images, config, run.total_steps)
     speed = diffusion.Throughput(config, device, run.denoiser.amp_dtype, run.step)
@@ -63,7 +63,7 @@ def train(config, args, images, device, evaluator, signals):
             return run.finish()
 
         # Data order, noise levels, noise and flips: functions of seed and step.
-        signals.hold(True)
+        signals.defer(True)
         passes = data.draw(config, step, images, device, run.batch_gpu)
         torch.manual_seed(diffusion.derive_seed(config.seed, step, DROPOUT, distributed.rank()))
 
@@ -96,10 +96,10 @@ def train(config, args, images, device, evaluator, signals):
         run.count_step(grad_norm)
         bar.update()
 
-        # Figures every log_every steps; latest.pth every save_minutes and after a signal.
+        # Metrics every log_every steps; latest.pth every save_minutes and after a signal.
         if not all(run.step % n for n in (config.log_every, run.steps_per_epoch, args.max_steps)):
-            log.write(run.step, figures := run.figures(lr, grad_norm) | speed.read(run.step))
-            bar.set_postfix({key: figures[key] for key in ("loss", "img_per_s")}, refresh=False)
+            log.write(run.step, metrics := run.metrics(lr, grad_norm) | speed.read(run.step))
+            bar.set_postfix({key: metrics[key] for key in ("loss", "img_per_s")}, refresh=False)
         signum, due = signals.agree(time.monotonic() >= run.next_save)
         if signum or due:
             run.save(checkpoint.latest_paths(config)[0])
@@ -112,14 +112,19 @@ def learning_rate(config, step, steps_per_epoch):
     t_ref = (config.tref_epoch or math.inf) * steps_per_epoch
     return config.lrate * warm_up / math.sqrt(max(step / t_ref, 1))
 
+def is_due(every, run):
+    """Whether what is done every so many epochs, and after the last, is to be done at this step."""
+    epoch, rest = divmod(run.step, run.steps_per_epoch)
+    last = run.step == run.total_steps
+    return bool(every) and run.step > 0 and not rest and ((epoch - 1) % every == 0 or last)
+
 def end_epoch(run, images, evaluator, log, signals):
     """What is due, the checkpoint last: a run that goes on does all of it again, the same."""
     config, epoch = run.config, run.step // run.steps_per_epoch - 1
-    save_due, eval_due = (every and (epoch % every == 0 or run.step == run.total_steps)
-                          for every in (config.save_every, config.eval_every))
+    save_due, eval_due = (is_due(every, run) for every in (config.save_every, config.eval_every))
     if save_due or eval_due:
         run.save(checkpoint.latest_paths(config)[0])
-        signals.hold(False)                 # Nothing is unsaved now.
+        signals.defer(False)
     if save_due:
         grid = evaluation.sample_grid(run.averages.denoiser, images, config, epoch)
         log.image(run.step, "samples above real images", grid)
@@ -171,8 +176,8 @@ class Run:
             raise UserError(f"NaN or Inf gradients in {MAX_BAD_STEPS} steps in a row by step "
                             f"{self.step}: try --amp_dtype bfloat16, no --use_amp or a lower lrate")
 
-    def figures(self, lr, grad_norm):
-        """What is logged; losses are means per pixel over all processes since the last figures."""
+    def metrics(self, lr, grad_norm):
+        """What is logged; losses are means per pixel over all processes since the last time."""
         self.check_gradients()
         n_images = (self.step - self.window) * self.config.batch_size
         loss, unweighted = (distributed.all_reduce(self.loss_sum) / n_images).tolist()

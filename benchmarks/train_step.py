@@ -148,14 +148,15 @@ def random_images(batch_size, shape):
 # train.py.
 
 class Steps:
-    """train.py's signals, of which there are none: a step is a turn, from hold() to agree()."""
+    """train.py's signals, of which there are none: a step is a turn, from defer() to agree()."""
     def __init__(self, turns):
         self.turns = turns
 
-    def hold(self, held):
-        """Before a step; not held: at an epoch's end."""
-        if held:
+    def defer(self, deferred):
+        """Before a step; not deferred: at an epoch's end."""
+        if deferred:
             self.turns.begin()
+    hold = defer                # Its name in earlier checkouts.
 
     def agree(self, save):
         """After a step: there is no signal and no save."""

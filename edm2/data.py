@@ -28,8 +28,8 @@ def load(config, train=True):
         try:
             arrays = read_npz(kept)
             return torch.from_numpy(arrays["images"]), torch.from_numpy(arrays["labels"])
-        except UserError as e:
-            warn(f"{e}; decoding the data set again")
+        except (UserError, KeyError) as e:
+            warn(f"{kept} does not serve ({e}); decoding the data set again")
     load_set = {"digits": load_digits, "cifar10": load_cifar, "cifar100": load_cifar,
                 "tinyimagenet": load_tinyimagenet, "folder": load_folder}[config.dataset]
     shape = tuple(config.network.image_shape)

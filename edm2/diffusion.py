@@ -153,7 +153,7 @@ def generate(denoiser, indices, seed=0, n_steps=18, eta=0.0, clip_denoised=False
 # Dense TFLOP/s in float16 with sums in float32, by NVIDIA; the first one in a GPU's name counts.
 PEAKS = {"B200": 2250, "H200 NVL": 835, "H100 NVL": 835, "H200": 989, "H100 PCIe": 756, "H100": 989,
          "A100": 312, "L40S": 362, "A40": 150, "V100": 125, "T4": 65,
-         "RTX 4090(?! Laptop)": 165, "RTX 3090(?! Laptop)": 71}
+         "RTX 4090(?! Laptop| D)": 165, "RTX 3090(?! Laptop)": 71}
 
 def peak_flops(device):
     """The FLOP/s of a device in mixed precision, of which MFU is a share; None: not known."""

@@ -98,24 +98,24 @@ def rank0_first():
 
 class Signals:
     """SIGTERM, SIGINT, SIGUSR1 (Slurm's warning) and, unless nohup ignores it, SIGHUP: they raise
-    Stopped or, where something is unsaved (hold), are noted for agree()."""
+    Stopped or, deferred, are noted for agree()."""
     def __init__(self):
-        self.signum, self.held = 0, False
+        self.signum, self.deferred = 0, False
         self.group = dist.new_group(backend="gloo") if world_size() > 1 else None
         for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
             if signal.getsignal(signum) != signal.SIG_IGN:
                 signal.signal(signum, self.note)
 
-    def hold(self, held):
+    def defer(self, deferred):
         """Note signals from now on; or let them, and one that was noted, raise Stopped."""
-        self.held = held
-        if self.signum and not held:
+        self.deferred = deferred
+        if self.signum and not deferred:
             self.note(self.signum)
 
     def note(self, signum, frame=None):
         """The handler."""
         self.signum = self.signum or signum
-        if not self.held:
+        if not self.deferred:
             raise Stopped(signum, "with nothing unsaved")
 
     def agree(self, save):

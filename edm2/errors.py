@@ -12,8 +12,8 @@ class UserError(Exception):
     """Something the user can mend; the message names the file, key or value and what to do."""
     said = False        # True where another process prints the same.
 
-class Stopped(Exception):
-    """A signal ends the command: Stopped(its number, where and what was saved)."""
+class Stopped(BaseException):
+    """A signal ends the command: Stopped(its number, what was saved); passes `except Exception`."""
 
 def warn(message):
     """Say something in one line on stderr."""

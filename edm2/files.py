@@ -43,6 +43,6 @@ def atomic(path):
             temporary.unlink()
 
 def remove_temporaries(folder):
-    """Remove what killed processes left of the files that they were writing."""
-    for path in Path(folder).rglob(".*.tmp"):
+    """Remove what killed processes left in a folder and just below; deeper, sample.py may work."""
+    for path in [*Path(folder).glob(".*.tmp"), *Path(folder).glob("*/.*.tmp")]:
         path.unlink(missing_ok=True)

@@ -69,7 +69,7 @@ def compute(images, extractor, batch_size=None, keep=False):
 
 def read_statistics(name, arrays):
     """Statistics of arrays mu (d,) and sigma (d,d). Raises UserError where they are none."""
-    mu, sigma = (np.asarray(arrays[key]) for key in ("mu", "sigma"))
+    mu, sigma = (np.asarray(arrays.get(key)) for key in ("mu", "sigma"))
     if not (mu.dtype.kind == sigma.dtype.kind == "f" and mu.ndim == 1 and len(mu)
             and sigma.shape == (len(mu), len(mu)) and np.isfinite(mu).all()
             and np.allclose(sigma, sigma.T)):       # NaN and Inf are not close either.

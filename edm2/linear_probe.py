@@ -82,16 +82,16 @@ class Probe:
                 values[draw, first:first + m] = found.to(place)
                 bar.update(m)
         if distributed.all_reduce((~values.sum().isfinite()).float().to(self.device)) > 0:
-            raise UserError("the features are NaN or Inf: the network has diverged, or --amp_dtype "
-                            "bfloat16 is needed")
+            raise UserError("the block features are NaN or Inf: the network has diverged, or "
+                            "--amp_dtype bfloat16 is needed")
         return BlockFeatures(n, values, labels[share].to(self.device), row)
 
     def pooled(self, x, sigma, blocks):
         """The blocks' features of noisy images x (B,C,H,W): (B,d), one beside the other."""
         last, found = max(blocks, key=list(self.widths).index), []      # The network ends there.
         for part in x.split(self.batch_gpu):
-            level = torch.full([len(part)], sigma, device=x.device)
-            _, features = self.denoiser.denoise(part, level, return_features=last)
+            sigmas = torch.full([len(part)], sigma, device=x.device)
+            _, features = self.denoiser.denoise(part, sigmas, return_features=last)
             found.append(torch.cat([features[block].float().mean((2, 3)) for block in blocks], 1))
         return torch.cat(found)
 

@@ -11,13 +11,13 @@ from edm2.files import atomic
 
 class Log:
     """metrics.jsonl and dynamics.jsonl in save_dir, and the same in TensorBoard; by rank 0 alone. A
-    run that goes on after `step` drops what came later, and the evaluation of that step itself."""
-    def __init__(self, save_dir, step):
+    run that goes on after `step` drops what came later, and, to do it `again`, its evaluation."""
+    def __init__(self, save_dir, step, again=False):
         self.folder, self.board = Path(save_dir), None
         if rank() == 0:
             for path in self.folder.glob("[md]*.jsonl"):
                 with atomic(path) as temporary:
-                    temporary.write_text("".join(lines_until(path, step)))
+                    temporary.write_text("".join(lines_until(path, step, again)))
             self.board = SummaryWriter(self.folder / "tensorboard", purge_step=step + 1)
 
     def write(self, step, values, name="metrics", scalars=None):
@@ -40,10 +40,10 @@ class Log:
         if self.board:
             self.board.add_image(name, image, step)
 
-def lines_until(path, step):
-    """The whole lines of the steps until `step`, its evaluation apart."""
+def lines_until(path, step, again):
+    """The whole lines of the steps until `step`; `again`: but for its evaluation."""
     for line in path.read_text(errors="replace").splitlines():
         with contextlib.suppress(ValueError, KeyError, TypeError):
             row = json.loads(line)
-            if row["step"] < step or (row["step"] == step and "heldout_loss" not in row):
+            if row["step"] < step + 1 - (again and "heldout_loss" in row):
                 yield line + "\n"

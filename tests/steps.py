@@ -9,7 +9,7 @@ import train
 from edm2.config import load_config
 
 IMAGES = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (32, 1, 8, 8), np.uint8))
-SIGNALS = SimpleNamespace(hold=lambda held: None, agree=lambda save: (0, False))
+SIGNALS = SimpleNamespace(defer=lambda deferred: None, agree=lambda save: (0, False))
 
 def train_steps(folder, net_type="UNetE", dtype=None, n=4, begin=id, after=id, **changes):
     """Train the tiny config on 8 n of IMAGES for an epoch of n steps, in passes of 4; return the

@@ -113,6 +113,7 @@ def test_bad_values_are_named(tmp_path, override, words):
     ("a: [", "YAML: line 1"), ("\x00", "YAML"), ("\tseed: 0\n", "YAML: line 1"),
     ("é", "cannot read"), ("dataset: digits\n", "key net_type is missing"), (500 * "[", "YAML"),
     ("lrate: 1\nseed: 2\nlrate: 3\n", "line 3: 'lrate' stands twice"), ("a: *x", "undefined alias"),
+    ("lrate: !!python/object/apply:os.getpid []", "could not determine a constructor"),
     ("linear: {lrate: 1, lrate: 1}", "line 1: 'lrate' stands twice"),
     ("a: 1\nb: [1\nc: 2", "line 3")])
 def test_bad_files_are_named(tmp_path, content, words):

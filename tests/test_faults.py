@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 import conftest
 import pytest
 import torch
@@ -302,6 +303,13 @@ def test_fresh_load_epoch_and_a_smaller_n_epoch_lose_nothing(copied):
     before = content(ckpts)
     assert "trained already" in succeed(*command, "--set", "n_epoch=1")
     assert equal(content(ckpts), before) and before["latest.pth"]["step"] == 43
+
+def test_a_signal_in_the_start_up(copied, monkeypatch):
+    """While the newest checkpoint is looked through: it is not damaged, the command was stopped."""
+    command, _, _ = copied
+    monkeypatch.setattr(zipfile.ZipFile, "testzip", lambda file: os.kill(os.getpid(), 15))
+    done = run(*command, "--set", "n_epoch=9")
+    assert done.returncode == 128 + signal.SIGTERM and "damaged" not in done.stderr
 
 def poison(patch, value, steps):
     """From now on one gradient of these steps is `value`."""
