@@ -82,7 +82,7 @@ def train(config, args, images, device, evaluator, signals):
 
         # Optimizer step: NaN and Inf count as zero, a GradScaler leaves the whole step out. EMA.
         run.scaler.unscale_(run.optimizer)
-        gradients = [p.grad for p in run.denoiser.parameters()]
+        gradients = [p.grad for p in run.optimizer.param_groups[0]["params"]]
         grad_norm = torch.nn.utils.get_total_norm(gradients)
         recorder.before_update(step)
         for grad in gradients:

@@ -334,7 +334,7 @@ def shares(name, overrides, amp_dtype):
 
     for key, owner, name_of in (
             ("data", data, "draw"), ("data", data, "batch"), ("ema", train.Averages, "update"),
-            ("optimizer", torch.amp.GradScaler, "step"), ("figures", train.Run, "figures"),
+            ("optimizer", torch.amp.GradScaler, "step"), ("figures", train.Run, "metrics"),
             ("figures", diffusion.Throughput, "read"), ("figures", log.Log, "write"),
             ("dynamics", dynamics.Recorder, "before_update"),
             ("dynamics", dynamics.Recorder, "after_update")):
