@@ -1,7 +1,7 @@
 """Layers and blocks of Config G (EDM2 Fig. 21): Config E without group norms (Config F, B.6) and
 with magnitude-preserving fixed functions (Config G, Eq. 68-104).
 
-Activations are (B,C,H,W). Every hunk of `diff blockC.py blockE.py` is a change of the paper."""
+Activations are (B,C,H,W). Every hunk of `diff blockE.py blockG.py` is a change of the paper."""
 
 import math
 import torch

@@ -126,7 +126,7 @@ def decode_image(path, shape=None, remedy="replace or remove it"):
     return np.asarray(image).reshape(*image.size[::-1], -1).transpose(2, 0, 1)
 
 def cache_path(config, train):
-    """The decoded set's .npz, by a hash of sources, shape, decoder; None: not kept, or no source"""
+    """The decoded set's .npz, by a hash of sources, shape, decoder; None: not kept, no source."""
     root, split = Path(config.data_root), "train" if train else "test"
     folders = {"cifar10": ["cifar-10-batches-py"], "cifar100": ["cifar-100-python"],
                "tinyimagenet": ["tiny-imagenet-200"]}.get(config.dataset) or (

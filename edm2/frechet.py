@@ -89,8 +89,7 @@ def open_set(path, limit=None):
         found = sorted(file for file in (folder / "images" if made else folder).iterdir()
                        if file.suffix.lower() in SUFFIXES and not file.name.startswith("."))
         return ImageSet(str(path), found, limit)
-    arrays = data.read_npz(path)
-    if {"mu", "sigma"} <= set(arrays):
+    if {"mu", "sigma"} <= set(arrays := data.read_npz(path)):
         return read_statistics(path, arrays)
     images = [a for a in arrays.values()
               if a.dtype == np.uint8 and a.ndim == 4 and {1, 3} & {a.shape[1], a.shape[3]}]

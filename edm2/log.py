@@ -45,5 +45,6 @@ def lines_until(path, step, again):
     for line in path.read_text(errors="replace").splitlines():
         with contextlib.suppress(ValueError, KeyError, TypeError):
             row = json.loads(line)
-            if row["step"] < step + 1 - (again and "heldout_loss" in row):
+            redone = again and "heldout_loss" in row
+            if row["step"] < step or (row["step"] == step and not redone):
                 yield line + "\n"
