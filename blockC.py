@@ -16,16 +16,16 @@ def normalize(x, dim, eps=1e-4):
     return (x.float() * (1 / (rms + eps))).to(x.dtype)  # Not x / ...: 2x gradient time.
 
 # Learned layers, without biases.
-def he_uniform(*shape):
-    """Weights (out,in,...) ~ √(3/fan_in)·U(-1,1) for every layer, none from zeros (Config C)."""
-    limit = math.sqrt(3 / math.prod(shape[1:]))
+def uniform(*shape):
+    """Weights (out,in,...) ~ U(±1/√fan_in), PyTorch's own, for every layer, none from zeros."""
+    limit = 1 / math.sqrt(math.prod(shape[1:]))
     return torch.empty(shape).uniform_(-limit, limit)
 
 class Linear(nn.Module):
     """Linear layer, (B,in) to (B,out)."""
     def __init__(self, in_channels, out_channels):
         super().__init__()
-        self.weight = nn.Parameter(he_uniform(out_channels, in_channels))
+        self.weight = nn.Parameter(uniform(out_channels, in_channels))
 
     def forward(self, x):
         return F.linear(x, self.weight)
@@ -34,7 +34,7 @@ class Conv2d(nn.Module):
     """Convolution with an odd kernel that keeps the resolution, (B,in,H,W) to (B,out,H,W)."""
     def __init__(self, in_channels, out_channels, kernel_size):
         super().__init__()
-        self.weight = nn.Parameter(he_uniform(out_channels, in_channels, kernel_size, kernel_size))
+        self.weight = nn.Parameter(uniform(out_channels, in_channels, kernel_size, kernel_size))
 
     def forward(self, x):
         return F.conv2d(x, self.weight, padding=self.weight.shape[-1] // 2)

@@ -6,11 +6,22 @@ Several GPUs:                 torchrun --nproc_per_node=4 fid.py --config config
 Without weights:              python fid.py --config config/digits/G.yaml --features pixels
 Any two sets (image folders, .npz of uint8 images or of mu and sigma):  python fid.py A B"""
 
+import math
+import re
 import shlex
 import statistics
 import time
-from pathlib import Path
-from edm2 import checkpoint, data, distributed, features, files, flags, frechet, results
+from edm2 import (
+    checkpoint,
+    data,
+    distributed,
+    features,
+    files,
+    flags,
+    frechet,
+    image_files,
+    results,
+)
 from edm2.config import Count, load_config
 from edm2.errors import UserError, command, warn
 
@@ -34,21 +45,28 @@ def main():
             (set(args.metrics) - set(frechet.METRICS), f"--metrics {args.metrics}: not known"),
             ("is" in args.metrics and args.features != "inception", "is: of --features inception"),
             (args.images and which, "--images says which: no --epoch, --repeat, --sigma_rel"),
-            ((args.weights or args.weights_sha256) and args.features != "inception",
-             "--weights: of --features inception"),
+            ((args.weights or args.weights_sha256) and args.features == "pixels",
+             "--weights: not of --features pixels"),
             (args.paths and (args.set or args.images or which), "what is of a run needs --config")):
         if wrong:
             p.error(message)
 
     config = load_config(args.config, args.set) if args.config else None
     device = distributed.init()
-    sets = distributed.on_rank0(find_sets, config, args) if config else None
+    if config:
+        with distributed.rank0_first():
+            images, _ = data.load(config)
+        sha256 = data.digest(images)
+        sets = distributed.on_rank0(find_sets, config, args, (len(images), sha256))
     pair = [frechet.open_set(path, args.n_samples) for path in args.paths]
     known = pair and all(isinstance(one, frechet.Statistics) for one in pair)
     extractor = None if known else features.Extractor(args.features, device, args.weights,
                                                       args.weights_sha256)
     if config:
-        score_run(config, args, sets, extractor)
+        keep = bool(set(args.metrics) - {"is"})
+        reference = frechet.reference(config, images, extractor, args.batch_gpu, keep)
+        for epoch, folders in sets.items():
+            score_epoch(config, args, epoch, folders, reference, extractor)
     else:
         a, b = (frechet.compute(one, extractor, args.batch_gpu, bool(args.metrics)) for one in pair)
         score(a, b, extractor, args.metrics)
@@ -61,6 +79,8 @@ def score(samples, reference, extractor, metrics, of=""):
     found = {name: frechet.distance(samples, reference),
              **frechet.other_metrics(metrics, samples, reference, extractor)}
     a, b = (f"n = {one.n:,}" if one.n else "n unknown" for one in (samples, reference))
+    if bad := [name for name, value in found.items() if not math.isfinite(value)]:
+        raise UserError(f"{samples.name}: {bad[0]} is {found[bad[0]]}")
     for name, value in found.items():
         print(f"{name} {value:.6g}: {of}{samples.name} ({a}) against {reference.name} ({b})",
               flush=True)
@@ -69,38 +89,34 @@ def score(samples, reference, extractor, metrics, of=""):
              f"(its bias grows as 1/n): compare it only with scores of the same n")
     return found
 
-def score_run(config, args, sets, extractor):
-    """Score samples of checkpoints against the training set; append the scores to results.jsonl."""
-    with distributed.rank0_first():
-        images, _ = data.load(config)
-    keep = bool(set(args.metrics) - {"is"})
-    reference = frechet.reference(config, images, extractor, args.batch_gpu, keep)
-    for epoch, folders in sets.items():
-        start, scores, lines = time.perf_counter(), [], []
-        for folder in folders:
-            samples = frechet.open_set(folder, args.n_samples or frechet.N_FID)
-            samples = frechet.compute(samples, extractor, args.batch_gpu, bool(args.metrics))
-            scores.append(score(samples, reference, extractor, args.metrics, f"epoch {epoch}, "))
-        if distributed.rank() > 0:
-            continue
+def score_epoch(config, args, epoch, folders, reference, extractor):
+    """Score a checkpoint's samples against the training set; append the scores to results.jsonl."""
+    start, scores, lines = time.perf_counter(), [], []
+    for folder, made in folders.items():
+        samples = features.open_samples(folder, made["n"])
+        samples = frechet.compute(samples, extractor, args.batch_gpu, bool(args.metrics))
+        scores.append(score(samples, reference, extractor, args.metrics, f"epoch {epoch}, "))
+    if distributed.rank() == 0:
         made = next(iter(folders.values()))
         common = {"seeds": [one.get("seed") for one in folders.values()],
             "sampling": {key: made.get(key) for key in (*results.STANDARD, "precision")},
-            "n": samples.n, "n_reference": reference.n, "epoch": epoch, "features": extractor.name,
-            "weights_sha256": extractor.sha256, "features_version": extractor.version,
+            "n": samples.n, "n_reference": reference.n, "images_sha256": made["images_sha256"],
+            "epoch": epoch, "features": extractor.name, "weights_sha256": extractor.sha256,
+            "features_version": extractor.version,
             "seconds": round(time.perf_counter() - start, 2)}
         length = f" sigma_rel={made['sigma_rel']:g}" if made.get("sigma_rel") else ""
         for name in scores[0]:
             values = [found[name] for found in scores]
-            best = (max if name.split("(")[0] in ("IS", "precision", "recall") else min)(values)
+            best = (max if re.match("IS|precision|recall", name) else min)(values)
             several = {"values": values, "mean": statistics.mean(values)} if values[1:] else {}
             if several:
                 print(f"{name} of {len(values)} seeds: best {best:.6g}, mean {several['mean']:.6g}")
             lines.append((name + length, {"figure": name, "value": best} | common | several))
         results.record(config, lines, extractor.device)
 
-def find_sets(config, args):
-    """{epoch: {each seed's folder: its settings}}. UserError with the command for missing ones."""
+def find_sets(config, args, trained_on):
+    """{epoch: {each seed's folder: its settings, and the n to score}}, of checkpoints trained on
+    images of this number and SHA-256. Raises UserError with the command for missing ones."""
     asked, sets = checkpoint.epochs(config) if args.epoch == "all" else args.epoch, {}
     if args.images:
         asked = [features.read_settings(args.images).get("epoch")]
@@ -113,7 +129,7 @@ def find_sets(config, args):
             if args.epoch == "all" and seed == 0 and not settings:
                 warn(f"epoch {epoch} is left out: no samples")
                 break
-            n = n or settings.get("n_samples", frechet.N_FID)           # The first seed's, for all.
+            n = n or min(settings.get("n_samples", frechet.N_FID), frechet.N_FID)   # Of all seeds.
             words = ["--config", args.config, "--epoch", epoch, "--seed", seed, "--n_samples", n]
             words += ["--sigma_rel", args.sigma_rel] if args.sigma_rel else []
             words += ["--out", args.images] if args.images else []
@@ -121,13 +137,14 @@ def find_sets(config, args):
             make = f"make them with: python sample.py {shlex.join(map(str, words))}"
             if not settings:
                 raise UserError(f"no images of epoch {epoch} in {folder}, no settings.json: {make}")
-            checkpoint.check_same(config, checkpoint.load(path)["config"], checkpoint.NETWORK)
+            checkpoint.check_images(path, checkpoint.load_epoch(config, epoch), *trained_on)
             if settings.get("checkpoint_sha256") != files.sha256(path):
                 raise UserError(f"{folder} is of another checkpoint: remove it, then {make}")
-            names = (f"images/{i:06d}.png" for i in range(n))
-            if missing := [name for name in names if not Path(folder, name).exists()]:
-                raise UserError(f"{folder} lacks {len(missing):,} images, {missing[0]}: {make}")
-            sets.setdefault(epoch, {})[str(folder)] = settings
+            names = (features.sample_path(folder, i) for i in range(n))
+            if missing := [path.name for path in names if not path.exists()]:
+                raise UserError(f"{folder} lacks images, {image_files.some(missing)}: {make}")
+            sets.setdefault(epoch, {})[str(folder)] = settings | {
+                "n": n, "images_sha256": trained_on[1]}
     if not sets:
         raise UserError(f"no epoch of {config.save_dir} has samples: make some with sample.py")
     return sets

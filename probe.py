@@ -9,7 +9,7 @@ import time
 import numpy as np
 from edm2 import checkpoint, data, diffusion, distributed, files, flags, linear_probe, results
 from edm2.config import Count, Index, load_config
-from edm2.errors import UserError, command
+from edm2.errors import command
 from edm2.posthoc_ema import load_denoiser
 
 def main():
@@ -35,19 +35,18 @@ def main():
     epochs = distributed.on_rank0(lambda: [checkpoint.find(config, i) for i in asked or [None]])
     with distributed.rank0_first():
         train, test = data.load(config), data.load(config, train=False)
-    sets = {linear_probe.TRAIN: train, linear_probe.TEST: test}
+    sets, sha256 = {linear_probe.TRAIN: train, linear_probe.TEST: test}, data.digest(train[0])
     dtype = flags.dtype(args.amp_dtype or args.use_amp)
     for epoch in epochs:
-        start = time.perf_counter()
-        denoiser = load_denoiser(config, epoch, "ema", args.sigma_rel, dtype)
+        start, trained_on = time.perf_counter(), (len(train[0]), sha256)
+        denoiser = load_denoiser(config, epoch, "ema", args.sigma_rel, dtype, trained_on)
         denoiser = diffusion.deploy(denoiser, device, args.channels_last, args.compile)
         probe = linear_probe.Probe(config, denoiser, sets, args.seed, args.passes, args.batch_gpu)
-        if config.classes not in (None, probe.n_classes):
-            raise UserError(f"classes is {config.classes}, but there are {probe.n_classes}")
         table = np.array([probe.accuracies(timestep, blocks) for timestep in timesteps])
         if distributed.rank() == 0:
             report(config, table, timesteps, widths, device, {
-                "figure": "probe", "n": len(test[0]), "n_reference": len(train[0]), "epoch": epoch,
+                "figure": "probe", "n": len(test[0]), "n_reference": len(train[0]),
+                "images_sha256": sha256, "epoch": epoch,
                 "seeds": [args.seed], "passes": args.passes, "linear": config.linear.model_dump(),
                 "weights": "ema", "sigma_rel": args.sigma_rel, "precision": flags.precision(dtype),
                 "seconds": round(time.perf_counter() - start, 2)})

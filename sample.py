@@ -10,12 +10,18 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import numpy as np
-import torch
-from edm2 import checkpoint, data, diffusion, distributed, features, files, flags, posthoc_ema
+from edm2 import (
+    checkpoint,
+    diffusion,
+    distributed,
+    features,
+    files,
+    flags,
+    image_files,
+    posthoc_ema,
+)
 from edm2.config import Count, Index, Unit, load_config
 from edm2.errors import UserError, command
-
-PNG = "images/{:06d}.png"               # Image i of a folder.
 
 def main():
     """Parse the command line, load the network, write the images that are missing."""
@@ -70,7 +76,7 @@ def claim(folder, settings, n_samples):
     files.remove_temporaries(folder)
     with files.atomic(path) as temporary:
         temporary.write_text(json.dumps(settings | {"n_samples": n_noted}, indent=1) + "\n")
-    return [i for i in range(n_samples) if not (folder / PNG.format(i)).exists()]
+    return [i for i in range(n_samples) if not features.sample_path(folder, i).exists()]
 
 def write_images(denoiser, missing, args, folder):
     """Make this process's batches, whole ones; threads write one while the next is made. On a GPU
@@ -86,18 +92,18 @@ def write_images(denoiser, missing, args, folder):
                                         args.clip_denoised).cpu()
             bar.update(len(list(written)))          # A write that failed shows here.
             indices = missing.intersection(batch)
-            written = pool.map(data.save_png, [images[i - batch.start] for i in indices],
-                               [folder / PNG.format(i) for i in indices])
+            written = pool.map(image_files.save_png, [images[i - batch.start] for i in indices],
+                               [features.sample_path(folder, i) for i in indices])
         bar.update(len(list(written)))
 
 def finish(folder, n_samples, npz):
     """Write grid.png and, if asked for, samples.npz from the PNGs, and say where all is."""
-    paths = [folder / PNG.format(i) for i in range(n_samples if npz else min(n_samples, 64))]
-    images = np.stack([data.decode_image(path, None, "remove it, start again") for path in paths])
-    data.save_png(data.grid(torch.from_numpy(images[:64]), 8), folder / "grid.png")
+    n = n_samples if npz else min(n_samples, 64)
+    _, images = next(features.open_samples(folder, n).batches(range(n), n))
+    image_files.save_png(image_files.grid(images[:64], 8), folder / "grid.png")
     if npz:
         with files.atomic(folder / "samples.npz") as temporary, open(temporary, "wb") as file:
-            np.savez(file, images.transpose(0, 2, 3, 1))
+            np.savez(file, images.permute(0, 2, 3, 1).numpy())
     print(f"images: {folder}/images  grid: {folder}/grid.png" + f"  {folder}/samples.npz" * npz)
 
 if __name__ == "__main__":

@@ -38,6 +38,7 @@ def main():
         images, labels = data.load(config)
     if config.batch_size > len(images):
         raise UserError(f"batch_size {config.batch_size} is more than the {len(images)} images")
+    compare_sigma_data(config, images)
     evaluator = config.eval_every and evaluation.Evaluator(config, images, labels, device,
                                                            args.batch_gpu)
     with contextlib.ExitStack() as stack:
@@ -47,7 +48,7 @@ def main():
 
 def train(config, args, images, device, evaluator, signals):
     """Train to n_epoch on images (N,C,H,W) uint8, from the newest checkpoint in save_dir on."""
-    run = Run(config, args, device, len(images))
+    run = Run(config, args, device, images)
     if run.resume(args.fresh):
         return distributed.print0(f"{config.save_dir} is trained already: raise n_epoch to go on")
     log = Log(config.save_dir, run.step, is_due(config.eval_every, run))
@@ -106,6 +107,14 @@ def train(config, args, images, device, evaluator, signals):
         if signum:
             raise Stopped(signum, f"after step {run.step} and saved in {config.save_dir}")
 
+def compare_sigma_data(config, images):
+    """Say what the RMS of the pixels is, which sigma_data is meant to be (EDM Table 1)."""
+    some, sigma_data = images[::max(1, len(images) // 5000)], config.diffusion.sigma_data
+    rms = data.to_float(some).square().mean().sqrt().item()
+    distributed.print0(f"RMS of the pixels {rms:.3f}, sigma_data {sigma_data:g}")
+    if not 0.8 < sigma_data / max(rms, 1e-9) < 1.25 and distributed.rank() == 0:
+        warn(f"diffusion.sigma_data is {sigma_data:g}, but the RMS of the pixels is {rms:.3f}")
+
 def learning_rate(config, step, steps_per_epoch):
     """lrate, warmed up linearly over warm_epoch, then divided by √max(t/t_ref, 1) (EDM2 Eq. 67)."""
     warm_up = min((step + 1) / max(config.warm_epoch * steps_per_epoch, 1), 1)
@@ -136,9 +145,10 @@ def end_epoch(run, images, evaluator, log, signals):
 
 class Run:
     """What a checkpoint holds: network, averages, optimizer, scaler, and the step they are at."""
-    def __init__(self, config, args, device, n_images):
-        self.config, self.device, self.n_images = config, device, n_images
-        self.steps_per_epoch = n_images // config.batch_size        # The rest is dropped.
+    def __init__(self, config, args, device, images):
+        self.config, self.device, self.images = config, device, images
+        self.images_sha256 = data.digest(images)
+        self.steps_per_epoch = len(images) // config.batch_size     # The rest is dropped.
         self.total_steps = config.n_epoch * self.steps_per_epoch
         self.batch_process = config.batch_size // distributed.world_size()
         # Passes of one size, at most --batch_gpu: torch.compile then sees one shape.
@@ -195,7 +205,8 @@ class Run:
             "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
             "step": self.step, "epoch": (self.step - 1) // self.steps_per_epoch,
             "loss_sum": distributed.all_reduce(self.loss_sum.clone()), "window": self.window,
-            "bad_steps": self.bad_steps.item(), "n_images": self.n_images,
+            "bad_steps": self.bad_steps.item(), "n_images": len(self.images),
+            "images_sha256": self.images_sha256,
             "precision": self.precision, "config": self.config.model_dump()}
         if self.config.save_model:
             distributed.on_rank0(checkpoint.save, path, state)
@@ -209,9 +220,7 @@ class Run:
             return False
         state = checkpoint.load(path)
         checkpoint.check_same(self.config, state["config"], state["config"].keys() - FREE)
-        if state["n_images"] != self.n_images:
-            raise UserError(f"{path} is of a run on {state['n_images']} images, now there are "
-                            f"{self.n_images}: choose another save_dir")
+        checkpoint.check_images(path, state, len(self.images), self.images_sha256)
         if state["precision"] != self.precision and distributed.rank() == 0:
             warn(f"the run was trained in {state['precision']} and goes on in {self.precision}")
         checkpoint.restore(self.denoiser.net, state["network"])

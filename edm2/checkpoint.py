@@ -66,8 +66,25 @@ def load(path, keys=("network", "ema", "optimizer", "step", "config"), mmap=Fals
     except Exception as e:          # zipfile and torch raise whatever a damage leads them to.
         raise Damaged(f"{path} is damaged: {str(e).partition(chr(10))[0]}") from None
     if not isinstance(state, dict) or not set(keys) <= state.keys():
-        raise Damaged(f"{path} is not a checkpoint of this project")
+        held = ", ".join(map(str, state)) if isinstance(state, dict) else type(state).__name__
+        raise Damaged(f"{path} is not a checkpoint of this project: it holds {held[:200]}")
     return state
+
+def load_epoch(config, epoch):
+    """The checkpoint of an epoch. Raises UserError where it is of another network or epoch."""
+    path = path_of(config, epoch)
+    state = load(path)
+    check_same(config, state["config"], NETWORK)
+    if state.get("epoch", epoch) != epoch:
+        raise UserError(f"{path} is of epoch {state['epoch']}: it was copied or renamed")
+    return state
+
+def check_images(path, state, n, sha256):
+    """Raise UserError where a checkpoint's run was trained on other images than the n of a SHA-256,
+    which checkpoints hold since 2026-11-27."""
+    if (there := (state["n_images"], state.get("images_sha256", sha256))) != (n, sha256):
+        raise UserError(f"{path} is of a run on {there[0]:,} images of SHA-256 {there[1][:8]}..., "
+                        f"here are {n:,} of {sha256[:8]}...: use its data, or another save_dir")
 
 def step_of(path):
     """The step of a checkpoint, unchecked; infinity where it tells none, as load() will say."""
@@ -86,7 +103,7 @@ def newest(config):
         except Damaged as e:
             warn(f"{e}: looking for one before it")
     if paths:
-        raise UserError(f"{paths[0].parent} holds only damaged checkpoints: move them away")
+        raise UserError(f"{paths[0].parent} holds only damaged or foreign files: move them away")
 
 def choose(config, fresh):
     """The path of the checkpoint to go on from, None for a new run: the newest or, unless the run

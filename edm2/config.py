@@ -4,13 +4,13 @@ import contextlib
 import difflib
 import os
 import reprlib
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationError
+from edm2.data import SETS
+from edm2.diffusion import NETWORKS
 from edm2.errors import UserError
 
-SHAPES = {"digits": [1, 8, 8], "tinyimagenet": [3, 64, 64], "cifar10": [3, 32, 32],
-          "cifar100": [3, 32, 32]}                      # (C,H,W) of the sets that have only one.
 FREE = {"n_epoch", "load_epoch", "data_root", "cache_dir", "classes", "save_dir", "save_model",
         "save_every", "save_minutes", "log_every", "n_sample", "linear", "dynamics_every",
         "eval_every", "eval"}       # Keys that do not shape the result: a run may change them.
@@ -69,7 +69,7 @@ class Eval(Section):
     """What is measured every eval_every epochs, besides the held-out loss."""
     images: Count | None = None         # Test images of the held-out loss, evenly; null: all.
     fid: Index = 0                      # Samples of an FID; 0: none.
-    features: Literal["inception", "dinov2-vit-b-14", "pixels"] = "inception"
+    features: Literal["inception", "dinov2", "pixels"] = "inception"
     probe: bool = False                 # A linear probe, as `linear` says.
 
 class PosthocEma(Section):
@@ -82,19 +82,20 @@ class Linear(Section):
     n_epoch: Count = 15
     batch_size: Count = 128
     lrate: Positive = 1e-3
+    flip: bool = True                   # Flip half of the training images, draw by draw.
     timestep: Timestep = 4
     blockname: str = "out_6"
 
 class Config(Section):
     """A run."""
     # Data.
-    dataset: Annotated[Literal["digits", "cifar10", "cifar100", "tinyimagenet", "folder"], Alias]
+    dataset: Annotated[Literal[tuple(SETS)], Alias]
     data_root: Folder = "./data"                # Where the data sets lie or are downloaded to.
     cache_dir: Folder | None = "./cache"        # Decoded data, FID statistics; null: keep none.
-    classes: Count | None = None                # For the linear probe.
+    classes: Count | None = None                # That the data must have; null: any.
     flip: bool = False                          # Flip half of the training images left to right.
     model_type: Literal["EDM"] = "EDM"
-    net_type: Literal["UNetC", "UNetE", "UNetG"]
+    net_type: Literal[tuple(NETWORKS)]
     network: Network = Network()
     diffusion: Diffusion = Diffusion()
     # Training.
@@ -125,7 +126,7 @@ class Config(Section):
         """Check what may be right key by key and is wrong together."""
         shape, levels = self.network.image_shape, len(self.network.ch_mults)
         n_attn, sigma_rels = len(self.network.is_attn), self.posthoc_ema.sigma_rels
-        known = SHAPES.get(self.dataset, shape)
+        known = SETS[self.dataset][1] or shape
         assert shape == known, f"network.image_shape is {shape}, but {self.dataset} has {known}"
         assert shape[0] in (1, 3), f"network.image_shape {shape}: images have 1 or 3 channels"
         assert n_attn == levels, f"network.is_attn has {n_attn} entries, network.ch_mults {levels}"
@@ -155,7 +156,8 @@ def load_config(path, overrides=()):
         for parent in parents:
             below = target.get(parent)
             target[parent] = target = below if isinstance(below, dict) else {}
-        target[last] = parse_yaml(text, f"--set {name}")
+        as_it_stands = is_text(name) and text.strip() != "null" and text.strip()[:1] not in "'\""
+        target[last] = text.strip() if as_it_stands else parse_yaml(text, f"--set {name}")
     for name, field in Config.model_fields.items():     # A section may be there and empty.
         if values.get(name, name) is None and isinstance(field.default, Section):
             del values[name]
@@ -163,6 +165,14 @@ def load_config(path, overrides=()):
         return Config.model_validate(values)
     except ValidationError as e:
         raise UserError(f"config {path}: {explain(e)}") from None
+
+def is_text(name):
+    """Whether a dotted key holds a text, such as a folder: YAML would see comments and dates."""
+    kind = Config
+    for part in name.strip().split("."):
+        field = getattr(kind, "model_fields", {}).get(part)
+        kind = field and field.annotation
+    return str in (kind, *(getattr(one, "__origin__", one) for one in get_args(kind)))
 
 class Loader(yaml.SafeLoader):
     """PyYAML's, but a key that stands twice is an error: PyYAML takes the last."""

@@ -1,165 +1,184 @@
-"""Data set name -> uint8 images and labels in memory -> batches on the device; images to files."""
+"""Data set name -> uint8 images and labels in memory -> batches on the device."""
 
 import contextlib
 import functools
 import hashlib
 import os
 import shutil
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import numpy as np
 import PIL
 import torch
 from filelock import FileLock
-from PIL import Image, ImageOps
-from edm2 import diffusion, distributed, files
+from PIL import Image
+from edm2 import diffusion, distributed, files, image_files
 from edm2.errors import UserError, warn
 
-DECODED = 2     # Version of the code that decodes: with another one, what was kept is decoded anew.
+DECODED = 3     # Version of the code that decodes: with another one, what was kept is decoded anew.
 NOISE = 1       # What a step's seed is for.
 TINY_URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
 TINY_MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
+TINY_SIZES = {True: 100_000, False: 10_000}     # Of the training and the test set.
 
 def load(config, train=True):
     """The training or test set of a config, downloaded if missing and left decoded in cache_dir:
-    images (N,C,H,W) uint8 and labels (N,) int64, on the CPU. UserError: missing or damaged."""
-    kept = cache_path(config, train)            # None where it is not downloaded yet.
+    images (N,C,H,W) uint8 and labels (N,) int64, -1 where there are none, on the CPU. Says what
+    was found. Raises UserError: missing, damaged, not whole, or not of config.classes."""
+    shape, split = config.network.image_shape, "training" if train else "test"
+    where, sources, read = SETS[config.dataset][0](config, train)
+    kept, arrays = cache_path(config, split, sources), None
     if kept and kept.exists():
         try:
-            arrays = read_npz(kept)
-            return torch.from_numpy(arrays["images"]), torch.from_numpy(arrays["labels"])
+            arrays = files.read_npz(kept)
+            arrays = {name: arrays[name] for name in ("images", "labels")}
         except (UserError, KeyError) as e:
             warn(f"{kept} does not serve ({e}); decoding the data set again")
-    load_set = {"digits": load_digits, "cifar10": load_cifar, "cifar100": load_cifar,
-                "tinyimagenet": load_tinyimagenet, "folder": load_folder}[config.dataset]
-    shape = tuple(config.network.image_shape)
-    images, labels = load_set(config.dataset, Path(config.data_root), train, shape)
-    if kept := kept or cache_path(config, train):
-        write_npz(kept, images=images, labels=np.array(labels, np.int64))
-    return torch.from_numpy(images), torch.tensor(labels, dtype=torch.int64)
+            arrays = None
+    if not arrays:
+        images, labels = read(shape)
+        arrays = {"images": np.ascontiguousarray(images), "labels": np.array(labels, np.int64)}
+        if kept:
+            files.write_npz(kept, **arrays)
+    images, labels = (torch.from_numpy(array) for array in arrays.values())
+    n_classes = int(labels.max()) + 1
+    distributed.print0(f"{len(images):,} {split} images, {n_classes or 'no'} classes, from {where}")
+    if train and config.classes not in (None, n_classes):
+        raise UserError(f"classes is {config.classes}, but {where} has {n_classes}")
+    return images, labels
 
-def load_digits(name, root, train, shape):
+def find_digits(config, train):
     """scikit-learn's digits, (1,8,8), 0..16 brought to 0..255; the last 360 are the test set."""
-    from sklearn.datasets import load_digits as sklearn_digits  # Slow to import.
-    digits, split = sklearn_digits(), slice(None, -360) if train else slice(-360, None)
-    images = (digits.images * (255 / 16)).round().astype(np.uint8)[:, None]
-    return images[split], digits.target[split]
+    def read(shape):
+        from sklearn.datasets import load_digits  # Slow to import.
+        digits, split = load_digits(), slice(None, -360) if train else slice(-360, None)
+        images = (digits.images * (255 / 16)).round().astype(np.uint8)[:, None]
+        return images[split], digits.target[split]
 
-def load_cifar(name, root, train, shape):
+    return "scikit-learn", [], read
+
+def find_cifar(config, train):
     """CIFAR-10 or -100, (3,32,32), 50,000 and 10,000 images, by torchvision, MD5 checked."""
     from torchvision.datasets import CIFAR10, CIFAR100
     from torchvision.datasets.utils import check_integrity
-    kind = CIFAR10 if name == "cifar10" else CIFAR100
-    folder, meta = root / kind.base_folder, (kind.meta["filename"], kind.meta["md5"])
+    kind = CIFAR10 if config.dataset == "cifar10" else CIFAR100
+    folder, meta = Path(config.data_root, kind.base_folder), (kind.meta["filename"],
+                                                              kind.meta["md5"])
     fetch(kind.__name__, kind.url, kind.tgz_md5, folder)
-    for part, md5 in [*kind.train_list, *kind.test_list, meta]:
-        if not check_integrity(folder / part, md5):
-            raise UserError(f"{kind.__name__}: {folder / part} is missing, damaged or cut short; "
-                            f"remove {folder} to download it again")
-    cifar = kind(root, train)
-    return np.ascontiguousarray(cifar.data.transpose(0, 3, 1, 2)), cifar.targets
+    parts = [*kind.train_list, *kind.test_list, meta]
 
-def load_tinyimagenet(name, root, train, shape):
+    def read(shape):
+        for part, md5 in parts:
+            if not check_integrity(folder / part, md5):
+                raise UserError(f"{kind.__name__}: {folder / part} is missing, damaged or cut "
+                                f"short; replace it, or remove {folder} to download it again")
+        cifar = kind(config.data_root, train)
+        return cifar.data.transpose(0, 3, 1, 2), cifar.targets
+
+    return folder, [folder / part for part, _ in parts], read
+
+def find_tinyimagenet(config, train):
     """Tiny ImageNet in its original layout, (3,64,64). A label is the rank of the sorted wnid."""
-    from torchvision.datasets import ImageFolder
-    folder = root / "tiny-imagenet-200"
+    folder = Path(config.data_root, "tiny-imagenet-200")
     fetch("Tiny ImageNet", TINY_URL, TINY_MD5, folder)
-    remedy = f"remove {folder} to download it again"
     part = folder / "wnids.txt"                 # What is being read.
     try:
         rank = {wnid: i for i, wnid in enumerate(sorted(part.read_text("utf-8").split()))}
         part = folder / ("train" if train else "val/val_annotations.txt")
         if train:
-            if names := rank.keys() ^ {p.name for p in part.iterdir() if p.is_dir()}:
-                raise ValueError(f"it and wnids.txt differ in {min(names)}")
-            found = ImageFolder(part).samples
+            paths = image_files.find_images(part, say=False)
+            wnids = [path.relative_to(part).parts[0] for path in paths]
         else:
             rows = [line.split("\t")[:2] for line in part.read_text("utf-8").splitlines()]
-            found = [(folder / "val/images" / image, rank[wnid]) for image, wnid in rows]
-        if not found:
-            raise ValueError("it is empty")
-    except (OSError, ValueError, KeyError) as e:        # Of bytes that are no text, too.
-        raise UserError(f"Tiny ImageNet: {part} is damaged or missing ({e}); {remedy}") from None
-    return decode([path for path, _ in found], shape, remedy), [label for _, label in found]
+            paths, wnids = [part.parent / "images" / name for name, _ in rows], [w for _, w in rows]
+        if strange := rank.keys() ^ set(wnids):
+            raise ValueError(f"of it and wnids.txt only one has {image_files.some(strange)}")
+        if len(paths) != TINY_SIZES[train]:
+            raise ValueError(f"{len(paths):,} images of {len(rank)} classes, where the whole set "
+                             f"has {TINY_SIZES[train]:,} of 200: a part of it is dataset: folder")
+    except (OSError, ValueError) as e:          # Of bytes that are no text, too.
+        raise UserError(f"Tiny ImageNet: {part}: {getattr(e, 'strerror', None) or e}; mend it, or "
+                        f"remove {folder} to download it again") from None
+    return folder, [folder / "wnids.txt", part, *paths], lambda shape: (
+        decode(paths, shape, f"take it from {TINY_URL}"), [rank[wnid] for wnid in wnids])
 
-def load_folder(name, root, train, shape):
-    """Images in one sub-folder per class, resized and centre-cropped to `shape` (C,H,W): those to
-    train on of root/train, where it exists, or root; the others of root/val or root/test."""
-    from torchvision.datasets.folder import ImageFolder, find_classes
-    names = ["train", "."] if train else ["val", "test"]
-    folder = next((root / name for name in names if (root / name).is_dir()), None)
-    if folder is None:
-        raise UserError(f"data_root {root}: there is no folder {' or '.join(names)}")
-    try:
-        found = ImageFolder(folder)
-        trained = find_classes(root / "train" if (root / "train").is_dir() else root)[0]
-    except OSError as e:
-        raise UserError(f"{folder} must hold one folder of images per class: {e}") from None
-    if differences := set(trained) ^ set(found.classes):        # Labels are the ranks of the names.
-        raise UserError(f"{folder} and the training images differ in class {min(differences)}")
-    return decode([path for path, _ in found.samples], shape), found.targets
+def find_folder(config, train):
+    """Images of one's own, resized and centre-cropped: a folder with one sub-folder per class, or
+    of images alone, or an .npz with one array (N,H,W,C) uint8 and, if there are, `labels` (N,):
+    those to train on are data_root/train(.npz), where it exists, or data_root itself; the others
+    data_root/val(.npz) or data_root/test(.npz)."""
+    def place(*names):
+        for path in (root / f"{name}{end}" for name in names for end in ("", ".npz")):
+            if path.exists():
+                return path
+        raise UserError(f"data_root {root}: there is no folder or .npz {' or '.join(names)}")
+
+    def class_names(folder, paths):
+        return {path.relative_to(folder).parts[0] for path in paths if path.parent != folder}
+
+    root = Path(config.data_root)
+    where, trained = place("train", ".") if train else place("val", "test"), place("train", ".")
+    if where.is_file():
+        return where, [where], functools.partial(read_npz, where)
+    for key in ("save_dir", "cache_dir"):
+        if Path(getattr(config, key) or "/").resolve().is_relative_to(where.resolve()):
+            raise UserError(f"{key} {getattr(config, key)} lies in {where}, whose images are the "
+                            f"data set: choose another {key}")
+    paths = image_files.find_images(where)
+    names = class_names(where, paths)           # A label is a name's rank.
+    if not paths:
+        raise UserError(f"{where} holds no images: {' '.join(sorted(image_files.SUFFIXES))}")
+    if names and (empty := {path.name for path in where.iterdir() if path.is_dir()
+                            and not (path.is_symlink() or path.name.startswith("."))} - names):
+        raise UserError(f"{where} holds no images of class {image_files.some(empty)}")
+    if not train and trained.is_dir() and (strange := names ^ class_names(
+            trained, image_files.find_images(trained, say=False))):
+        raise UserError(f"{where} and {trained} differ in class {image_files.some(strange)}")
+    rank = {name: i for i, name in enumerate(sorted(names))}
+    labels = [rank.get(path.relative_to(where).parts[0], -1) for path in paths]
+    return where, paths, lambda shape: (decode(paths, shape), labels)
+
+def read_npz(path, shape):
+    """Images, brought to `shape` (C,H,W), and labels of an .npz. UserError: labels of no sense."""
+    arrays = files.read_npz(path)
+    images, labels = image_files.images_in(path, arrays), arrays.get("labels")
+    if labels is not None and (labels.dtype.kind not in "iu" or labels.shape != (len(images),)
+                               or labels.min() < 0):
+        raise UserError(f"{path}: labels {labels.dtype} {list(labels.shape)} are not one number "
+                        f"from 0 on for each of {len(images):,} images")
+    if images.shape[1:] != tuple(shape):
+        images = [image_files.to_array(Image.fromarray(x.transpose(1, 2, 0).squeeze()), shape[0],
+                                       shape[1:]) for x in images]
+    return images, [-1] * len(images) if labels is None else labels
+
+# {name: (function of config and train, (C,H,W) where it has only one)}. The function gives where a
+# data set lies, the files that it is of, and a function that decodes them to a shape (C,H,W).
+SETS = {"digits": (find_digits, [1, 8, 8]), "cifar10": (find_cifar, [3, 32, 32]),
+        "cifar100": (find_cifar, [3, 32, 32]), "tinyimagenet": (find_tinyimagenet, [3, 64, 64]),
+        "folder": (find_folder, None)}
 
 def decode(paths, shape, remedy="replace or remove it"):
-    """Decode image files to one array (N, *shape) uint8, as decode_image does."""
+    """Decode image files to one array (N, *shape) uint8."""
     images = np.empty((len(paths), *shape), np.uint8)
-    with ThreadPoolExecutor(distributed.cores()) as pool:
-        for i, image in enumerate(pool.map(lambda p: decode_image(p, shape, remedy), paths)):
-            images[i] = image
+    for i, image in enumerate(image_files.decode_all(
+            paths, lambda path: image_files.decode_image(path, shape[0], shape[1:]), remedy)):
+        images[i] = image
     return images
 
-def decode_image(path, shape=None, remedy="replace or remove it"):
-    """Decode an image file to (C,H,W) uint8: resized and centre-cropped to `shape` with C 1 (gray)
-    or 3 (RGB), or, without a shape, as it is. Raises UserError naming what is no whole image."""
-    try:
-        with Image.open(path) as image:
-            if image.mode.startswith("I;16"):                   # convert() would make it white.
-                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-            elif image.mode in ("I", "F"):
-                raise ValueError("its pixels have 32 bits, where black and white are unknown")
-            gray = shape[0] == 1 if shape else image.mode in ("1", "L")
-            image = image.convert("L" if gray else "RGB")
-        if shape:
-            image = ImageOps.fit(image, shape[:0:-1], Image.Resampling.LANCZOS)
-    except Exception as e:      # Pillow raises OSError, ValueError, SyntaxError and more.
-        reason = getattr(e, "strerror", None) or e
-        raise UserError(f"{path} is not a whole image ({reason}): {remedy}") from None
-    return np.asarray(image).reshape(*image.size[::-1], -1).transpose(2, 0, 1)
-
-def cache_path(config, train):
-    """The decoded set's .npz, by a hash of sources, shape, decoder; None: not kept, no source."""
-    root, split = Path(config.data_root), "train" if train else "test"
-    folders = {"cifar10": ["cifar-10-batches-py"], "cifar100": ["cifar-100-python"],
-               "tinyimagenet": ["tiny-imagenet-200"]}.get(config.dataset) or (
-        ["train", "val", "test"] if (root / "train").is_dir() else ["."])
-    if config.dataset == "digits" or not config.cache_dir or not (root / folders[0]).is_dir():
+def cache_path(config, split, sources):
+    """The decoded set's .npz, by a hash of its files, shape and decoder; None: it is not kept."""
+    if not sources or not config.cache_dir:
         return None
     about = [f"{config.network.image_shape} {DECODED} {PIL.__version__}"]
-    for folder in folders:
-        for parent, _, names in sorted(os.walk(root / folder, followlinks=True)):
-            about.append(os.path.relpath(parent, root))
-            for path in map(Path(parent).joinpath, sorted(names)):
-                status = path.stat() if path.exists() else path.lstat()
-                about.append(f"{path.name} {status.st_size} {status.st_mtime_ns}")
+    for path in sources:
+        status = path.stat() if path.exists() else None
+        about.append(f"{os.path.relpath(path, config.data_root)} "
+                     f"{status and (status.st_size, status.st_mtime_ns)}")
     digest = hashlib.sha256("\n".join(about).encode(errors="surrogateescape")).hexdigest()
     return Path(config.cache_dir) / "data" / f"{config.dataset}-{split}-{digest[:16]}.npz"
 
-def write_npz(path, **arrays):
-    """Leave arrays in a cache; where that fails, say so and go on."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with files.atomic(path) as temporary, open(temporary, "wb") as file:
-            np.savez(file, **arrays)
-    except (UserError, OSError) as e:
-        warn(f"{path} is not kept for the next time: {e}")
-
-def read_npz(path):
-    """The arrays of an .npz by name. Runs no code from it. UserError where it is not whole."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            return {name: file[name] for name in file.files}        # Its checksums are looked at.
-    except Exception as e:      # numpy and zipfile raise what a damage leads them to.
-        reason = getattr(e, "strerror", None) or ("" if "pickle" in str(e) else e)
-        raise UserError(f"{path} is not a whole .npz file: {reason}") from None
+def digest(images):
+    """The SHA-256 of images (N,C,H,W) uint8: what a run was trained on, what a score is of."""
+    return hashlib.sha256(images.cpu().numpy()).hexdigest()
 
 def fetch(name, url, md5, folder):
     """Download and unpack the archive with `folder` where that is missing, whole or not at all."""
@@ -216,16 +235,3 @@ def batch(images, index, device, flip=None):
 def to_float(images):
     """Pixels, uint8 0..255, as float32 in [-1,1]."""
     return images.float() / 127.5 - 1
-
-def save_png(image, path):
-    """Write an image (C,H,W) uint8, on the CPU, as a PNG: whole or not at all."""
-    pixels = image.permute(1, 2, 0).numpy()
-    with files.atomic(path) as temporary:
-        Image.fromarray(pixels[..., 0] if len(image) == 1 else pixels).save(temporary, "PNG")
-
-def grid(images, n_columns):
-    """Images (N,C,H,W) uint8 side by side as one (C,H',W') uint8; small ones are enlarged."""
-    from torchvision.utils import make_grid
-    scale = max(1, 32 // images.shape[-1])
-    images = images.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
-    return make_grid(images, n_columns, padding=2, pad_value=128)

@@ -130,7 +130,7 @@ def heun_sampler(denoise, latents, sigmas, gamma=lambda sigma: 0, noise=None):
 @torch.no_grad()
 def generate(denoiser, indices, seed=0, n_steps=18, eta=0.0, clip_denoised=False):
     """Images number `indices`, (B,C,H,W) uint8 on the denoiser's device, each from its own seed.
-    eta: churn in [0,1], gamma = (√2-1)·eta for sigma in [S_min, S_max]."""
+    eta: churn in [0,1], gamma = (√2-1)·eta for sigma in [S_min, S_max]. UserError: NaN or Inf."""
     diffusion, device = denoiser.diffusion, next(denoiser.parameters()).device
     streams = [np.random.default_rng((seed, i)) for i in indices]
 
@@ -148,6 +148,9 @@ def generate(denoiser, indices, seed=0, n_steps=18, eta=0.0, clip_denoised=False
 
     x = heun_sampler(denoise, noise(), sigma_steps(diffusion, n_steps), gamma,
                      lambda: diffusion.S_noise * noise())
+    if not torch.isfinite(x).all():         # As bytes they would look like pixels.
+        raise UserError("the samples are NaN or Inf: the network has diverged, or mixed precision "
+                        "is too coarse: try --amp_dtype bfloat16, or neither it nor --use_amp")
     return (x * 127.5 + 128).clamp(0, 255).to(torch.uint8)
 
 # Dense TFLOP/s in float16 with sums in float32, by NVIDIA; the first one in a GPU's name counts.
@@ -182,7 +185,7 @@ class Throughput:
     """Speed of training since the last reading, pauses apart, and memory."""
     def __init__(self, config, device, amp_dtype, step):
         self.batch_size, self.gflop = config.batch_size, cost(config)[1]
-        self.peak = (peak_flops(device) if amp_dtype else None) or math.nan     # Then MFU is null.
+        self.peak = peak_flops(device) if amp_dtype else None
         self.restart(step)
 
     def read(self, step):
@@ -191,7 +194,8 @@ class Throughput:
         self.restart(step)
         tflops = self.gflop * self.batch_size / seconds / 1e3
         return {"img_per_s": self.batch_size / seconds, "step_time_s": seconds,
-                "TFLOP_per_s": tflops, "MFU": tflops * 1e12 / (self.peak * world_size()),
+                "TFLOP_per_s": tflops,
+                "MFU": tflops * 1e12 / (self.peak * world_size()) if self.peak else None,
                 "gpu_memory_GB": torch.cuda.max_memory_allocated() / 1e9 or None}
 
     def restart(self, step):

@@ -123,7 +123,7 @@ def read(runs):
     def check(line):
         if not all(line[kind] and all(line[kind].values()) for kind in ROWS):
             raise ValueError
-        line["config"], line["Mimg"] = line["net_type"][-1], float(line["Mimg"])
+        line["net_type"], line["Mimg"] = str(line["net_type"]), float(line["Mimg"])
 
     remedy = "name the save_dir of a run with dynamics_every other than 0"
     records = {run: read_lines(Path(run) / "dynamics.jsonl", check, remedy) for run in runs}
@@ -154,7 +154,7 @@ def curves(records):
         known = [value for value in values.values() if value is not None]
         return sum(known) / len(known) if known else math.nan
 
-    return {title: {f"Config {found[-1]['config']} ({run})": {
+    return {title: {f"{found[-1]['net_type']} ({run})": {
         group: [(line["Mimg"], mean(line[kind].get(group, {}))) for line in found]
         for group in found[-1][kind]} for run, found in records.items()}
         for kind, title in ROWS.items()}

@@ -1,5 +1,7 @@
 """How a command ends: a user's error in one line and exit code 2, a signal in 128 + its number."""
 
+import contextlib
+import io
 import os
 import signal
 import sys
@@ -15,6 +17,14 @@ class UserError(Exception):
 class Stopped(BaseException):
     """A signal ends the command: Stopped(its number, what was saved); passes `except Exception`."""
 
+class Stream(io.FileIO):
+    """The file of a standard stream: what it cannot show (full, a broken pipe) is dropped."""
+    def write(self, content):
+        try:
+            return super().write(content)
+        except OSError:
+            return len(content)
+
 def warn(message):
     """Say something in one line on stderr."""
     several = os.environ.get("WORLD_SIZE", "1") != "1"
@@ -26,6 +36,14 @@ def command(main):
     """Decorate a command's main(): its errors become one line and an exit code."""
     def run():
         code, message = 0, None
+        with contextlib.suppress(OSError):
+            while os.open(os.devnull, os.O_RDWR) < 3:       # What is closed: no file is to be it.
+                pass
+        for name, fd in (("stdout", 1), ("stderr", 2)):
+            if (stream := getattr(sys, name)) is getattr(sys, f"__{name}__"):
+                file = io.BufferedWriter(Stream(fd, "w", closefd=False))
+                setattr(sys, name, io.TextIOWrapper(
+                    file, stream and stream.encoding, errors="replace", line_buffering=True))
         # A thread that could not write (TensorBoard's) is heard of where its work is waited for.
         threading.excepthook = lambda e: (
             None if isinstance(e.exc_value, OSError) else threading.__excepthook__(e))
@@ -43,9 +61,13 @@ def command(main):
         except (torch.OutOfMemoryError, MemoryError):
             code, message = 2, "error: out of memory; lower --batch_gpu, n_channels or image_shape"
         except RuntimeError as e:
-            if not (dist.is_initialized() and (isinstance(e, dist.DistError) or "gloo" in str(e))):
+            if type(e).__module__.startswith(("torch._dynamo", "torch._inductor")):
+                reason = str(e).partition("\n")[0]
+                code, message = 2, f"error: torch.compile: {reason}; go on with --no-compile"
+            elif dist.is_initialized() and (isinstance(e, dist.DistError) or "gloo" in str(e)):
+                code, message = 1, "lost contact with another process, whose own line says why"
+            else:
                 raise
-            code, message = 1, "lost contact with another process, whose own line says why"
         if message:
             warn(message)
         if dist.is_initialized():

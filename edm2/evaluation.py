@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 import numpy as np
 import torch
-from edm2 import data, diffusion, distributed, features, frechet, linear_probe
+from edm2 import data, diffusion, distributed, features, frechet, image_files, linear_probe
 from edm2.errors import UserError, warn
 
 LEVELS = np.geomspace(0.02, 20, 8)      # Noise levels of the held-out loss.
@@ -17,10 +17,10 @@ def sample_grid(denoiser, images, config, epoch):
     for part in torch.arange(distributed.rank(), n, distributed.world_size()).split(CHUNK):
         samples[part] = diffusion.generate(denoiser, part.tolist(), config.seed)
     real = images[::max(1, len(images) // n)][:n]
-    image = torch.cat([data.grid(part.cpu(), math.ceil(math.sqrt(n)))
+    image = torch.cat([image_files.grid(part.cpu(), math.ceil(math.sqrt(n)))
                        for part in (distributed.all_reduce(samples), real)], dim=1)
     if distributed.rank() == 0:
-        data.save_png(image, Path(config.save_dir) / "grids" / f"{epoch:04d}.png")
+        image_files.save_png(image, Path(config.save_dir) / "grids" / f"{epoch:04d}.png")
     return image
 
 class Evaluator:
@@ -61,8 +61,11 @@ class Evaluator:
         """The Fréchet distance of n samples, those of sample.py's seed 0, to the training set."""
         moments = frechet.Moments(len(self.reference.mu), self.extractor.device)
         for start in range(distributed.rank() * CHUNK, n, distributed.world_size() * CHUNK):
-            images = diffusion.generate(denoiser, range(start, min(start + CHUNK, n)))
-            moments.add(self.extractor(images)[0])
+            try:
+                images = diffusion.generate(denoiser, range(start, min(start + CHUNK, n)))
+                moments.add(self.extractor(images)[0])
+            except UserError:               # NaN: all processes are to know.
+                moments.sum += math.nan
         samples = moments.statistics(f"{n} samples")
         return distributed.on_rank0(frechet.distance, samples, self.reference)
 

@@ -1,40 +1,44 @@
 """Image sets -> features of Inception-v3 or DINOv2, or the pixels themselves."""
 
 import json
-from concurrent.futures import ThreadPoolExecutor
+import os
+import re
 from importlib import metadata
+from itertools import islice
 from pathlib import Path
 import numpy as np
 import torch
-from torch.nn.functional import adaptive_avg_pool2d
+from torch import nn
+from torch.nn.functional import adaptive_avg_pool2d, interpolate
 from torch.nn.utils.fusion import fuse_conv_bn_eval
-from edm2 import data, distributed, files
-from edm2.errors import UserError
+from edm2 import data, distributed, files, image_files
+from edm2.errors import UserError, warn
 
-# {name: (address, SHA-256)}. Inception-v3 is the TF port of every published FID.
+# {name: (address, SHA-256)}. Inception-v3 is the TF port of every published FID; of DINOv2's
+# weights none is published, so that which they were is recorded beside the score.
 WEIGHTS = {
     "inception": ("https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
                   "weights-inception-2015-12-05-6726825d.pth",
                   "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"),
-    "dinov2-vit-b-14": (
-        "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitb14/dinov2_vitb14_pretrain.pth",
-        "0b8b82f85de91b424aded121c7e1dcc2b7bc6d0adeea651bf73a13307fad8c73")}
-SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
+    "dinov2": ("https://dl.fbaipublicfiles.com/dinov2/dinov2_vitl14/dinov2_vitl14_pretrain.pth",
+               None)}
 
 class ImageSet:
-    """Images (N,C,H,W) uint8 of one size, or paths; gray ones get the channels of the first."""
+    """Images (N,C,H,W) uint8, or paths of images of one size: RGB where one of them has colours.
+    Raises UserError, with the number and the first names, for those that cannot be taken."""
     def __init__(self, name, items, limit=None):
         self.name, self.items, self.shape = name, items[:limit], None
         if not len(self.items):
             raise UserError(f"{name}: there are no images")
-        self.shape = self.read(0).shape
+        self.channels = 1 if isinstance(items, list) and all(
+            map(image_files.is_gray, self.items)) else 3
+        self.first = next(image_files.decode_all(self.items, self.read))
+        self.shape = self.first.shape
 
-    def read(self, i):
-        """Image i, (C,H,W) uint8. Raises UserError naming a damaged or differently sized file."""
-        item = self.items[i]
-        image = data.decode_image(item) if isinstance(item, Path) else np.asarray(item)
-        if self.shape and len(image) < self.shape[0]:
-            image = image.repeat(3, 0)
+    def read(self, item):
+        """An image, (C,H,W) uint8. Raises UserError naming a damaged or differently sized file."""
+        image = (image_files.decode_image(item, self.channels) if isinstance(item, Path) else
+                 np.asarray(item))
         if image.shape != (self.shape or image.shape):
             raise UserError(f"{item} has channels, height and width {list(image.shape)}, but the "
                             f"first image {list(self.shape)}")
@@ -43,11 +47,24 @@ class ImageSet:
     def batches(self, indices, size):
         """Yield up to `size` of the indices at a time and their images, (size,C,H,W) uint8: the
         last one fills the batch, as rounding depends on the size."""
-        with ThreadPoolExecutor(distributed.cores()) as pool:
-            for start in range(0, len(indices), size):
-                part = indices[start:start + size]
-                images = list(pool.map(self.read, part))
-                yield part, torch.from_numpy(np.stack(images + images[-1:] * (size - len(part))))
+        images = image_files.decode_all([self.items[i] for i in indices], self.read)
+        for start in range(0, len(indices), size):
+            part = indices[start:start + size]
+            found = list(islice(images, len(part)))
+            yield part, torch.from_numpy(np.stack(found + found[-1:] * (size - len(part))))
+
+def open_samples(folder, n):
+    """The ImageSet of sample.py's images 0 to n-1 of a folder; what else lies there is named."""
+    paths = [sample_path(folder, i) for i in range(n)]
+    strays = {path.name for path in paths[0].parent.iterdir()
+              if not re.fullmatch(r"\d{6,}\.png|\..*", path.name)}
+    if strays and distributed.rank() == 0:
+        warn(f"{paths[0].parent}: {image_files.some(strays)} left out: not written by sample.py")
+    return ImageSet(str(folder), paths)
+
+def sample_path(folder, i):
+    """The file of image i in a folder of sample.py."""
+    return Path(folder) / "images" / f"{i:06d}.png"
 
 def samples_folder(config, epoch, variant="", sigma_rel=None):
     """The folder of the images that sample.py makes from the checkpoint of `epoch`."""
@@ -63,7 +80,7 @@ def read_settings(folder):
 
 class Extractor:
     """images (B,C,H,W) uint8 -> features (B,d) float32 and, of Inception, logits (B,1008).
-    name: inception, dinov2-vit-b-14 or pixels. weights, weights_sha256: a file of other weights."""
+    name: inception, dinov2 or pixels. weights, weights_sha256: a file of other weights."""
     def __init__(self, name, device, weights=None, weights_sha256=None):
         self.name, self.device, self.sha256 = name, device, None
         self.label, self.version, self.network = "pixels", "1", pixels
@@ -72,10 +89,9 @@ class Extractor:
                 path, self.sha256 = find_weights(name, weights, weights_sha256)
                 network = load_network(name, path)
             self.network = network.to(device, memory_format=torch.channels_last)
-            self.label = name.partition("-")[0]
-            self.label += f"-{self.sha256[:8]}" if self.sha256 != WEIGHTS[name][1] else ""
-            self.version = "folded, " * (name == "inception")
-            self.version += f"torch-fidelity {metadata.version('torch-fidelity')}"
+            self.label, published = name, WEIGHTS[name][1]
+            self.label += f"-{self.sha256[:8]}" if self.sha256 != (published or self.sha256) else ""
+            self.version = f"folded, torch-fidelity {metadata.version('torch-fidelity')}"
 
     @torch.inference_mode()
     def __call__(self, images):
@@ -87,13 +103,27 @@ class Extractor:
             return self.network(images)
 
     def metric(self, name):
-        """FID, or KID, where the features are Inception's; else such as FD(pixels)."""
-        return name if self.label == "inception" else f"{name.replace('ID', 'D')}({self.label})"
+        """FID, or KID, where the features are Inception's; else FD_DINOv2, or as FD(pixels)."""
+        name = name if self.label == "inception" else name.replace("ID", "D")
+        return name + {"inception": "", "dinov2": "_DINOv2"}.get(self.label, f"({self.label})")
 
 def pixels(images):
     """The pixels in [-1,1], flattened, (B,d); images above 32x32 are averaged down to that."""
     size = [min(side, 32) for side in images.shape[2:]]
     return (adaptive_avg_pool2d(data.to_float(images), size).flatten(1),)
+
+class DINOv2(nn.Module):
+    """Images (B,3,H,W) uint8 -> the class token (B,1024) of DINOv2 ViT-L/14, for FD_DINOv2 (Stein
+    et al., arXiv 2306.04675): at 224x224, bicubic with antialiasing and rounded as Pillow does."""
+    def __init__(self, network):
+        super().__init__()
+        self.network = network.eval().requires_grad_(False)
+
+    def forward(self, images):
+        x = interpolate(images.float(), (224, 224), mode="bicubic", antialias=True)
+        mean, std = (x.new_tensor(values)[:, None, None]        # ImageNet's.
+                     for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+        return (self.network((x.round().clamp(0, 255) / 255 - mean) / std),)
 
 def find_weights(name, path=None, expected=None):
     """A network's weights, `path` or in torch's hub cache, where they are downloaded, and their
@@ -109,24 +139,27 @@ def find_weights(name, path=None, expected=None):
         found = files.sha256(path)
     except Exception as e:                  # urllib's, http's and torch's errors.
         raise UserError(f"cannot read the weights {path or cached} ({e}): download {url} (SHA-256 "
-                        f"{published}) to there, or take --features pixels") from None
-    if found != (expected or published).lower():
+                        f"{published or 'unknown'}) to there, or take --features pixels") from None
+    if found != (expected or published or found).lower():
         raise UserError(f"{path} has SHA-256 {found}, not {expected or published}: take {url}")
     return path, found
 
 def load_network(name, path):
-    """torch-fidelity's extractor. Raises UserError where it cannot be loaded."""
+    """torch-fidelity's Inception, or DINOv2, whose code torch.hub fetches. UserError: cannot."""
     try:
-        if name != "inception":
-            from torch_fidelity.feature_extractor_dinov2 import FeatureExtractorDinoV2
-            return FeatureExtractorDinoV2(name, ["dinov2"])
+        if name == "dinov2":
+            os.environ["XFORMERS_DISABLED"] = "1"       # In full precision, everywhere the same.
+            network = torch.hub.load("facebookresearch/dinov2", "dinov2_vitl14", pretrained=False,
+                                     trust_repo=True, verbose=False)
+            network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+            return DINOv2(network)
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
         torch.load(path, weights_only=True)     # Refuses code, which torch-fidelity would run.
         network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"],
                                               feature_extractor_weights_path=str(path))
         for m in network.modules():     # Batch norms of fixed statistics: part of convolutions.
             if hasattr(m, "conv") and hasattr(m, "bn"):
-                m.conv, m.bn = fuse_conv_bn_eval(m.conv, m.bn), torch.nn.Identity()
+                m.conv, m.bn = fuse_conv_bn_eval(m.conv, m.bn), nn.Identity()
         return network
     except Exception as e:              # The unpickler and torch.hub raise what they are led to.
-        raise UserError(f"cannot load {name} from {path}: {str(e).partition(chr(10))[0]}") from None
+        raise UserError(f"cannot load {name} from {path}: {str(e)[:300]}") from None

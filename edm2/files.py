@@ -4,8 +4,9 @@ import contextlib
 import hashlib
 import os
 from pathlib import Path
+import numpy as np
 from filelock import FileLock, Timeout
-from edm2.errors import UserError
+from edm2.errors import UserError, warn
 
 def sha256(path):
     """The SHA-256 of a file, as hex digits."""
@@ -15,6 +16,8 @@ def sha256(path):
 @contextlib.contextmanager
 def locked(folder):
     """Keep a folder to this process; it is made. Raises UserError where another one has it."""
+    if Path(folder).is_symlink() and not Path(folder).exists():
+        raise UserError(f"{folder} is a link to what does not exist: {Path(folder).readlink()}")
     Path(folder).mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(Path(folder) / ".lock", timeout=0):
@@ -41,6 +44,30 @@ def atomic(path):
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+def write_npz(path, **arrays):
+    """Leave arrays in a cache; where that fails, say so and go on."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic(path) as temporary, open(temporary, "wb") as file:
+            np.savez(file, **arrays)
+    except (UserError, OSError) as e:
+        warn(f"{path} is not kept for the next time: {e}")
+
+def read_npz(path):
+    """The arrays of an .npz by name. Runs no code from it. UserError where it is not whole."""
+    try:
+        with open(path, "rb") as file:
+            if file.read(6) == b"\x93NUMPY":
+                raise ValueError("it is an .npy, of one array: write it with numpy.savez")
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}      # Its checksums are looked at.
+        if others := [name for name, a in arrays.items() if not isinstance(a, np.ndarray)]:
+            raise ValueError(f"{others[0]} in it is no array")
+        return arrays
+    except Exception as e:      # numpy and zipfile raise what a damage leads them to.
+        reason = getattr(e, "strerror", None) or ("" if "pickle" in str(e) else e)
+        raise UserError(f"{path} is not a whole .npz file: {reason}") from None
 
 def remove_temporaries(folder):
     """Remove what killed processes left in a folder and just below; deeper, sample.py may work."""

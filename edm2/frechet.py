@@ -2,13 +2,14 @@
 
 import hashlib
 import json
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 import numpy as np
 import torch
-from edm2 import data, distributed
+from edm2 import data, distributed, features, files, image_files
 from edm2.errors import UserError, warn
-from edm2.features import SUFFIXES, ImageSet
+from edm2.features import ImageSet
 
 N_FID = 50_000      # Samples of an FID that can be compared with published ones.
 METRICS = ("kid", "is", "precision", "recall")
@@ -52,7 +53,7 @@ def compute(images, extractor, batch_size=None, keep=False):
         return images
     if (n := len(images.items)) < 2:
         raise UserError(f"{images.name}: one image has no covariance")
-    widths = [x.shape[1] for x in extractor(torch.tensor(images.read(0)[None]))]
+    widths = [x.shape[1] for x in extractor(torch.tensor(images.first[None]))]
     moments = Moments(widths[0], extractor.device)
     kept = [torch.zeros(n, width, device=extractor.device) for width in widths] if keep else []
     mine = range(distributed.rank(), n, distributed.world_size())
@@ -83,22 +84,13 @@ def read_statistics(name, arrays):
 
 def open_set(path, limit=None):
     """The ImageSet of a folder, sample.py's too, or an .npz; or the Statistics that it holds."""
-    folder = Path(path)
-    if folder.is_dir():
-        made = (folder / "settings.json").exists() and (folder / "images").is_dir()
-        found = sorted(file for file in (folder / "images" if made else folder).iterdir()
-                       if file.suffix.lower() in SUFFIXES and not file.name.startswith("."))
-        return ImageSet(str(path), found, limit)
-    if {"mu", "sigma"} <= set(arrays := data.read_npz(path)):
+    if Path(path).is_dir():
+        if isinstance(made := features.read_settings(path).get("n_samples"), int):
+            return features.open_samples(path, min(made, limit or made))
+        return ImageSet(str(path), image_files.find_images(path), limit)
+    if {"mu", "sigma"} <= set(arrays := files.read_npz(path)):
         return read_statistics(path, arrays)
-    images = [a for a in arrays.values()
-              if a.dtype == np.uint8 and a.ndim == 4 and {1, 3} & {a.shape[1], a.shape[3]}]
-    if len(images) != 1:
-        held = ", ".join(f"{name} {a.dtype} {list(a.shape)}" for name, a in arrays.items())
-        raise UserError(f"{path} holds {held or 'nothing'}: expected one uint8 array of images "
-                        f"(N,H,W,C), or statistics mu (d,) and sigma (d,d)")
-    last = images[0].shape[3] in (1, 3)
-    return ImageSet(str(path), images[0].transpose(0, 3, 1, 2) if last else images[0], limit)
+    return ImageSet(str(path), image_files.images_in(path, arrays), limit)
 
 def frechet_distance(mu1, sigma1, mu2, sigma2):
     """|mu1-mu2|² + Tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^(1/2)) of two Gaussians (Heusel 2017).
@@ -112,7 +104,8 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
         keep = values > values[-1] * len(values) * np.finfo(float).eps
         L = vectors[:, keep] * np.sqrt(values[keep])
     root = np.sqrt(not_negative(np.linalg.eigvalsh(L.T @ sigma2 @ L))).sum()
-    return float(np.square(mu1 - mu2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * root)
+    found = np.square(mu1 - mu2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * root
+    return max(float(found), 0.0)           # Rounding may leave less.
 
 def not_negative(values):
     """Rising eigenvalues, those that rounding brought below 0 at 0. UserError for negative ones."""
@@ -126,9 +119,12 @@ def distance(a, b):
         raise UserError(f"{a.name} has statistics of {len(a.mu)} dimensions, {b.name} of "
                         f"{len(b.mu)}: both must be of the same features of images of one shape")
     try:
-        return frechet_distance(a.mu, a.sigma, b.mu, b.sigma)
-    except UserError as e:
+        found = frechet_distance(a.mu, a.sigma, b.mu, b.sigma)
+    except (UserError, np.linalg.LinAlgError) as e:
         raise UserError(f"{a.name} against {b.name}: {e}") from None
+    if not math.isfinite(found):
+        raise UserError(f"{a.name} against {b.name}: the distance is {found}")
+    return found
 
 def other_metrics(names, samples, reference, extractor):
     """{metric: value} of METRICS, by torch-fidelity, on the kept features of two Statistics."""
@@ -155,7 +151,7 @@ def reference(config, images, extractor, batch_size=None, keep=False):
     """The Statistics of a training set, images (N,C,H,W) uint8: those in cache_dir/fid, named by a
     hash of all that they are of; else, or to `keep` features, computed and left there."""
     about = {"dataset": config.dataset, "split": "train", "n": len(images),
-             "images_sha256": hashlib.sha256(images.numpy()).hexdigest(),
+             "images_sha256": data.digest(images),
              "features": extractor.name, "weights_sha256": extractor.sha256,
              "version": extractor.version}
     name, digest = f"{config.dataset} train", hashlib.sha256(json.dumps(about).encode()).hexdigest()
@@ -165,7 +161,7 @@ def reference(config, images, extractor, batch_size=None, keep=False):
     def known():
         if path and path.exists() and not keep:
             try:
-                return read_statistics(name, data.read_npz(path))
+                return read_statistics(name, files.read_npz(path))
             except UserError as e:
                 warn(f"{e}; computing these statistics again")
 
@@ -173,5 +169,5 @@ def reference(config, images, extractor, batch_size=None, keep=False):
         return found
     stats = compute(ImageSet(name, images), extractor, batch_size, keep)
     if path and distributed.rank() == 0 and not (keep and path.exists()):
-        data.write_npz(path, mu=stats.mu, sigma=stats.sigma, metadata=json.dumps(about))
+        files.write_npz(path, mu=stats.mu, sigma=stats.sigma, metadata=json.dumps(about))
     return stats

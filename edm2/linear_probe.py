@@ -48,19 +48,22 @@ class Probe:
         self.seed, self.passes, self.batch_gpu = seed, passes, batch_gpu or DRAW
         self.device = next(denoiser.parameters()).device
         self.widths = block_widths(config)
-        self.n_classes = max(int(labels.max()) + 1 for _, labels in sets.values())
+        self.n_classes, self.n_tested = (int(labels.max()) + 1 for _, labels in sets.values())
 
     def accuracies(self, timestep, blocks):
         """The accuracy in per cent of each of the decoder blocks, at a timestep's noise level."""
+        if self.n_classes < 2 or not 0 < self.n_tested <= self.n_classes:
+            raise UserError(f"a probe needs two classes or more, the same in both sets, not "
+                            f"{self.n_classes} and {self.n_tested}, as in {self.config.data_root}")
         train, test = (self.extract(kind, timestep, blocks) for kind in (TRAIN, TEST))
         return self.classify(train, test, timestep, blocks)
 
     @torch.no_grad()
     def extract(self, kind, timestep, blocks):
         """The BlockFeatures of the TRAIN or TEST set: means over the positions of each block. Noise
-        and, in TRAIN, flips where the config flips are from (seed, pass, image // DRAW)."""
+        and, in TRAIN, flips, where `linear` says so, are from (seed, pass, image // DRAW)."""
         (images, labels), n_passes = self.sets[kind], self.passes if kind == TRAIN else 1
-        n, flip = len(images), 0.5 if kind == TRAIN and self.config.flip else 0
+        n, flip = len(images), 0.5 if kind == TRAIN and self.config.linear.flip else 0
         starts = range(distributed.rank() * DRAW, n, distributed.world_size() * DRAW)
         width, row = sum(self.widths[block] for block in blocks), torch.full([n], -1)
         share = torch.arange(n)

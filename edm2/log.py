@@ -6,14 +6,14 @@ import math
 from pathlib import Path
 from torch.utils.tensorboard import SummaryWriter
 from edm2.distributed import rank
-from edm2.errors import UserError
+from edm2.errors import UserError, warn
 from edm2.files import atomic
 
 class Log:
     """metrics.jsonl and dynamics.jsonl in save_dir, and the same in TensorBoard; by rank 0 alone. A
     run that goes on after `step` drops what came later, and, to do it `again`, its evaluation."""
     def __init__(self, save_dir, step, again=False):
-        self.folder, self.board = Path(save_dir), None
+        self.folder, self.board, self.said = Path(save_dir), None, set()
         if rank() == 0:
             for path in self.folder.glob("[md]*.jsonl"):
                 with atomic(path) as temporary:
@@ -21,10 +21,15 @@ class Log:
             self.board = SummaryWriter(self.folder / "tensorboard", purge_step=step + 1)
 
     def write(self, step, values, name="metrics", scalars=None):
-        """Append values to a file, NaN and Inf as null; TensorBoard gets `scalars`, or the same."""
+        """Append values to a file, NaN and Inf, which it says once of each, as null; TensorBoard
+        gets `scalars`, or the same."""
         if self.board:
-            plain = {key: None if isinstance(value, float) and not math.isfinite(value) else value
-                     for key, value in values.items()}
+            bad = {key for key, value in values.items()
+                   if isinstance(value, float) and not math.isfinite(value)}
+            if bad - self.said:
+                warn(f"step {step}: {', '.join(sorted(bad - self.said))} is NaN or Inf")
+                self.said |= bad
+            plain = {key: None if key in bad else value for key, value in values.items()}
             try:
                 with open(self.folder / f"{name}.jsonl", "a") as file:
                     file.write(json.dumps({"step": step} | plain) + "\n")

@@ -64,15 +64,20 @@ def snapshot(posthoc, step):
               for weights in posthoc["averages"]]
     return posthoc | {"step": step, "averages": halves}
 
-def load_denoiser(config, epoch, weights="ema", sigma_rel=None, amp_dtype=None):
+def load_denoiser(config, epoch, weights="ema", sigma_rel=None, amp_dtype=None, trained_on=None):
     """The EDM of a checkpoint, on the CPU: with its "ema" or "model" weights, or a post-hoc EMA of
-    length sigma_rel. Raises UserError as load, check_same, restore and reconstruct do."""
-    state = checkpoint.load(checkpoint.path_of(config, epoch))
-    checkpoint.check_same(config, state["config"], checkpoint.NETWORK)
+    length sigma_rel. trained_on: the number and SHA-256 of the images, to be compared. Raises
+    UserError as load_epoch, check_images, restore and reconstruct do, and for NaN or Inf."""
+    state = checkpoint.load_epoch(config, epoch)
+    if trained_on:
+        checkpoint.check_images(checkpoint.path_of(config, epoch), state, *trained_on)
     denoiser = diffusion.build(config, amp_dtype)
     found = (state["ema" if weights == "ema" else "network"] if sigma_rel is None else
              reconstruct(state, load_snapshots(config), sigma_rel))
     checkpoint.restore(denoiser.net, found)
+    if not all(weight.isfinite().all() for weight in found.values()):
+        raise UserError(f"{checkpoint.path_of(config, epoch)}: its weights are NaN or Inf, the run "
+                        f"has diverged: choose an earlier epoch")
     return denoiser.eval().requires_grad_(False)
 
 def load_snapshots(config):

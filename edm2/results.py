@@ -83,9 +83,11 @@ def read(run, standard=STANDARD):
     """A run's results of the `standard` settings, the latest of each thing. UserError: none."""
     def check(line):
         line["sampling"] = {"sigma_rel": line.get("sigma_rel")} | (line.get("sampling") or {})
-        line["key"] = str([line.get("timestep"), *(line[key] for key in (
-            "figure", "epoch", "n", "features", "seeds", "sampling"))])
-        line["config"], line["dataset"] = line["net_type"][-1], str(line["dataset"])
+        line["key"] = str([*(line.get(key) for key in (
+            "timestep", "passes", "linear", "images_sha256", "weights_sha256")), *(
+            line[key] for key in ("figure", "epoch", "n", "features", "seeds", "sampling"))])
+        line["dataset"] = str(line["dataset"]), line.get("images_sha256")
+        line["net_type"] = str(line["net_type"])
         if not all(math.isfinite(line[name]) for name in ("value", "Mimg", "epoch", "n")):
             raise ValueError
 
@@ -102,8 +104,8 @@ def read(run, standard=STANDARD):
     return list(found.values())
 
 def is_distance(metric):
-    """True for FID, FD(pixels), ...: the less the better."""
-    return metric.startswith(("FID", "FD("))
+    """True for FID, FD_DINOv2, FD(pixels), ...: the less the better."""
+    return metric.startswith(("FID", "FD(", "FD_"))
 
 def curve(lines, metric):
     """The lines of a metric that compare, the best of each epoch by rising epoch, and a remark: of
@@ -128,23 +130,23 @@ def curve(lines, metric):
     return [groups[chosen][epoch] for epoch in sorted(groups[chosen])], remark
 
 def table(results, metrics):
-    """Markdown: a row per data set, a column per metric and config, the best value @ its epoch. A
-    second run of a data set and config has a row of its own; rows then name their folders."""
-    rows, seen = {}, []     # {(data set, how many runs of its config were before): {config: run}}
+    """Markdown: a row per data set, a column per metric and net_type, the best value @ its epoch. A
+    second run of a data set and net_type, or other images of a data set's name, have a row of their
+    own; rows then name their folders."""
+    rows, seen = {}, []     # {(data set, how many runs of its net were before): {net_type: run}}
     for run, lines in results.items():
-        dataset, config = lines[-1]["dataset"], lines[-1]["config"]
-        rows.setdefault((dataset, seen.count((dataset, config))), {})[config] = run
-        seen.append((dataset, config))
-    configs = sorted({config for _, config in seen})
-    columns = [(metric, config) for metric in metrics for config in configs]
-    text = ["| | " + " | ".join(f"{metric} {config}" for metric, config in columns) + " |",
+        dataset, net = lines[-1]["dataset"], lines[-1]["net_type"]
+        rows.setdefault((dataset, seen.count((dataset, net))), {})[net] = run
+        seen.append((dataset, net))
+    nets = sorted({net for _, net in seen})
+    names = [name for (name, _), _ in rows]
+    columns = [(metric, net) for metric in metrics for net in nets]
+    text = ["| | " + " | ".join(f"{metric} {net}" for metric, net in columns) + " |",
             "|---" * (len(columns) + 1) + "|"]
-    for (dataset, _), runs in rows.items():
-        cells = [NAMES.get(dataset, dataset)]
-        if (dataset, 1) in rows:
-            cells[0] += f" ({', '.join(runs.values())})"
-        for metric, config in columns:
-            found, remark = curve(results.get(runs.get(config), []), metric)
+    for ((name, _), _), runs in rows.items():
+        cells = [NAMES.get(name, name) + f" ({', '.join(runs.values())})" * (names.count(name) > 1)]
+        for metric, net in columns:
+            found, remark = curve(results.get(runs.get(net), []), metric)
             best = (min if is_distance(metric) else max)(
                 found, key=lambda line: line["value"], default=None)
             cells.append(f"{best['value']:.2f} @ {best['epoch']}{remark}" if best else "-")
@@ -153,8 +155,9 @@ def table(results, metrics):
 
 def by_images(results, metrics):
     """{metric: {label: [(Mimg, value)]}}, a curve per run."""
-    names = {run: f"{NAMES.get(lines[-1]['dataset'], lines[-1]['dataset'])} {lines[-1]['config']}"
-             for run, lines in results.items()}
+    last = {run: lines[-1] for run, lines in results.items()}
+    names = {run: f"{NAMES.get(line['dataset'][0], line['dataset'][0])} {line['net_type']}"
+             for run, line in last.items()}
     panels = {metric: {} for metric in metrics}
     for metric, (run, lines) in ((m, item) for m in metrics for item in results.items()):
         best, remark = curve(lines, metric)
@@ -180,7 +183,7 @@ def by_length(run, name):
 
 def titled(metric):
     """The title of a metric's panel."""
-    less = is_distance(metric) or metric.startswith(("KID", "KD("))
+    less = is_distance(metric) or metric.startswith(("KID", "KD(", "KD_"))
     unit = " (test accuracy, %)" * metric.startswith("probe")
     return f"{metric}{unit}, {'less' if less else 'more'} is better"
 

@@ -47,7 +47,8 @@ def tiny_config(folder, net_type="UNetC", **changes):
         "network": {"image_shape": [1, 8, 8], "n_channels": 32, "ch_mults": [1, 1],
                     "is_attn": [False, True], "attn_channels_per_head": 16, "dropout": 0.0,
                     "n_blocks": 1},
-        "n_epoch": 2, "batch_size": 140, "lrate": 1e-3 if net_type == "UNetC" else 1e-2,
+        "diffusion": {"sigma_data": 0.85}, "n_epoch": 2, "batch_size": 140,
+        "lrate": 1e-3 if net_type == "UNetC" else 1e-2,
         "warm_epoch": 0.5, "ema": 0.99, "n_sample": 4, "log_every": 5, "dynamics_every": 0,
         "save_dir": str(folder / "run"), "cache_dir": str(folder / "cache"),
     }

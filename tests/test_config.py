@@ -44,7 +44,8 @@ def test_shipped_config_is_the_recipe(path):
             [getattr(config, key) for key in KEYS], config.optim_args.betas, config.network.dropout,
             diffusion.cost(config)[0])
         assert config.linear.model_dump() == {"n_epoch": 15, "batch_size": 128, "lrate": 1e-3,
-                                              "timestep": 5 if tiny else 4, "blockname": "out_6"}
+                                              "flip": True, "timestep": 5 if tiny else 4,
+                                              "blockname": "out_6"}
         assert list(config.diffusion.model_dump().values()) == [        # Spec section 3.
             0.5, -1.2, 1.2, 0.002, 80, 7, 0.01, 1, 1.007]
 

@@ -14,17 +14,18 @@ import pytest
 import torch
 from conftest import DATA, ROOT, needs_cifar10, needs_tiny, wait_until
 from PIL import Image
+from torchvision.datasets import CIFAR10
 from torchvision.datasets.utils import calculate_md5
-from edm2 import data
-from edm2.config import SHAPES, Config, load_config
+from edm2 import data, image_files
+from edm2.config import Config, load_config
 from edm2.errors import UserError
 
 def config(dataset, root, shape=None, cache=None):
     """A Config of a data set."""
     return Config(
         dataset=dataset, data_root=str(root), cache_dir=cache and str(cache), net_type="UNetC",
-        network={"image_shape": shape or SHAPES.get(dataset, [3, 16, 16])}, n_epoch=1, batch_size=1,
-        lrate=1, save_dir="run")
+        network={"image_shape": shape or data.SETS[dataset][1] or [3, 16, 16]}, n_epoch=1,
+        batch_size=1, lrate=1, save_dir="run")
 
 def says(words, function, *args):
     """A function raises a UserError of sane length with all of `words`."""
@@ -86,11 +87,12 @@ def test_digits_and_cifar10(tmp_path, monkeypatch, dataset, shape, n):
         np.testing.assert_allclose(mean, [0.49139968, 0.48215841, 0.44653091], atol=1e-6)
         assert labels.bincount().tolist() == [5000] * 10
         assert test_labels.bincount().tolist() == [1000] * 10
-        monkeypatch.setattr(data, "load_cifar", None)       # They are kept decoded.
+        monkeypatch.setattr(CIFAR10, "__init__", None)      # They are kept decoded.
         assert all(map(torch.equal, all_four, [*data.load(given), *data.load(given, train=False)]))
 
 @needs_tiny
-def test_tinyimagenet_in_its_original_layout(tmp_path):
+def test_tinyimagenet_in_its_original_layout(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "TINY_SIZES", {True: 5000, False: 2000})
     shutil.unpack_archive(DATA / "tiny-imagenet-200-small.zip", tmp_path)
     folder, given = tmp_path / "tiny-imagenet-200", config("tinyimagenet", tmp_path)
     wnids = sorted((folder / "wnids.txt").read_text().split())
@@ -117,15 +119,16 @@ def test_folder_with_train_and_val(tmp_path):
     for shape in ([3, 8, 8], [1, 8, 8]):
         images, labels = data.load(config("folder", tmp_path, shape))
         assert images.shape == (4, *shape) and labels.tolist() == [0, 0, 1, 1]
-    says(f"{tmp_path} … val or test", data.load, config("folder", tmp_path), False)
+    says(f"{tmp_path} … .npz val or test", data.load, config("folder", tmp_path), False)
     (make_folder(tmp_path / "val") / "c0" / "a.png").unlink()
     assert data.load(config("folder", tmp_path), train=False)[1].tolist() == [0, 1, 1]
     (tmp_path / "val" / "c0").rename(tmp_path / "val" / "z")        # Its rank is another label.
-    says(f"{tmp_path}/val … differ in class c0", data.load, config("folder", tmp_path), False)
-    says("folder of images per class", data.load, config("folder", tmp_path / "val" / "z"))
+    says(f"{tmp_path}/val … differ in class 2 (c0, z)", data.load, config("folder", tmp_path), 0)
+    images, labels = data.load(config("folder", tmp_path / "val" / "z"))     # Without classes.
+    assert images.shape == (1, 3, 16, 16) and labels.tolist() == [-1]
 
 @pytest.mark.parametrize(("mode", "name"), [
-    ("L", "0.png"), ("LA", "0.png"), ("RGBA", "0.png"), ("P", "0.png"), ("RGB", "0.gif"),
+    ("L", "0.png"), ("LA", "0.png"), ("RGBA", "0.png"), ("P", "0.png"),
     ("CMYK", "0.tif"), ("YCbCr", "0.jpg"), ("I;16", "0.png")])
 def test_images_of_other_modes_and_sizes(tmp_path, mode, name):
     ramp = np.tile(np.arange(0, 256, 4, np.uint8), (64, 1))[..., None].repeat(3, 2)
@@ -134,34 +137,36 @@ def test_images_of_other_modes_and_sizes(tmp_path, mode, name):
     image.save(tmp_path / name)
     expected = ramp.astype(float).reshape(32, 2, 32, 2, 3).mean((1, 3)).transpose(2, 0, 1)
     for shape in ([3, 32, 32], [1, 32, 32]):
-        decoded = data.decode_image(tmp_path / name, shape)
+        decoded = image_files.decode_image(tmp_path / name, shape[0], shape[1:])
         assert decoded.shape == tuple(shape) and np.abs(decoded - expected).mean() < 6
-    whole = data.decode_image(tmp_path / name)
-    assert whole.shape == (1 if mode in ("L", "I;16") else 3, 64, 64) and whole.dtype == np.uint8
+    gray = image_files.is_gray(tmp_path / name)
+    whole = image_files.decode_image(tmp_path / name, 1 if gray else 3)
+    assert gray == (mode in ("L", "LA", "I;16"))
+    assert whole.shape == (1 if gray else 3, 64, 64) and whole.dtype == np.uint8
     assert np.abs(whole - ramp.astype(float).transpose(2, 0, 1)).mean() < (20 if mode == "P" else 6)
 
 def test_images_are_cropped_in_the_centre(tmp_path):
     stripes = np.repeat(np.uint8([0, 255, 0]), 8)[None, :, None].repeat(8, 0).repeat(3, 2)
     Image.fromarray(stripes).save(tmp_path / "wide.png")
-    assert (data.decode_image(tmp_path / "wide.png", [3, 8, 8]) == 255).all()
+    assert (image_files.decode_image(tmp_path / "wide.png", 3, [8, 8]) == 255).all()
     Image.new("RGB", (1, 5_000_000), (9, 99, 199)).save(tmp_path / "column.png")
-    column = data.decode_image(tmp_path / "column.png", [3, 32, 32])    # Resized first: 15 GB.
+    # Resized first it would take 15 GB.
+    column = image_files.decode_image(tmp_path / "column.png", 3, [32, 32])
     assert column[:, 0, 0].tolist() == [9, 99, 199]
 
 N02, NOTES, TEXT = "train/n02/images", "val/val_annotations.txt", "wnids.txt"
 
 @pytest.mark.parametrize(("part", "change", "words"), [
-    (TEXT, None, "No such file"), (TEXT, b"\xff", "is damaged … decode"),
-    (N02, None, "/train is damaged … no valid file … n02"),
-    (TEXT, b" ", "/train is damaged … n01"), (TEXT, b"n01\n", "/train is damaged … differ in n02"),
-    ("train", None, "No such file"), ("train/n02", None, "/train is damaged … differ in n02"),
-    (N02, "clear", "/train is damaged … no valid file … n02"),
+    (TEXT, None, "No such file"), (TEXT, b"\xff", "decode"), (N02, None, "/train: … one has n02"),
+    (TEXT, b" ", "/train: … only one has 2 (n01, n02)"), (TEXT, b"n01\n", "/train: … has n02"),
+    ("train", None, "No such file"), ("train/n02", None, "/train: … n02"),
+    (N02, "clear", "/train: … n02"), (f"{N02}/1.JPEG", None, "/train: 5 images of 2 … has 6"),
     (f"{N02}/1.JPEG", b"text", "is not a whole image"),
     (f"{N02}/1.JPEG", cut, "is not a whole image … truncated"), (NOTES, None, "No such file"),
-    (NOTES, b"\xff", "is damaged … decode"), (NOTES, b"", "is damaged … empty"),
-    (NOTES, b"0.JPEG", "is damaged"), (NOTES, b"0.JPEG\tn09\n", "is damaged … n09"),
-    ("val/images/3.JPEG", None, "is not a whole image … No such file")])
-def test_damaged_tinyimagenet(tmp_path, part, change, words):
+    (NOTES, b"\xff", "decode"), (NOTES, b"", "one has 2 (n01, n02)"), (NOTES, b"0.JPEG", "unp"),
+    (NOTES, b"0.JPEG\tn09\n", "n09"), ("val/images/3.JPEG", None, "No such file")])
+def test_damaged_tinyimagenet(tmp_path, monkeypatch, part, change, words):
+    monkeypatch.setattr(data, "TINY_SIZES", {True: 6, False: 6})
     folder, given = tmp_path / "tiny-imagenet-200", config("tinyimagenet", tmp_path)
     for i in range(6):
         picture(folder / "train" / f"n0{1 + i % 2}" / "images" / f"{i}.JPEG", i, size=64)
@@ -172,10 +177,12 @@ def test_damaged_tinyimagenet(tmp_path, part, change, words):
     assert data.load(given, train)[1].tolist() == ([0, 0, 0, 1, 1, 1] if train else [0, 1] * 3)
     damage(folder / part, change)
     words = f"{folder}{'' if words[0] == '/' else f'/{part} … '}{words}"
-    says(f"{words} … remove {folder} to download it again", data.load, given, train)
+    remedy = data.TINY_URL if "whole image" in words or part.startswith("val/images") else (
+        f"remove {folder} to download it again")
+    says(f"{words} … {remedy}", data.load, given, train)
 
 @pytest.mark.parametrize(("part", "change", "words"), [
-    ("c1", "clear", "classes c1"), ("c2", Path.mkdir, "classes c2"), ("", None, "is no folder"),
+    ("c1", "clear", "class c1"), ("c2", Path.mkdir, "class c2"), ("", None, "is no folder"),
     ("c0/a.png", b"text", "replace or remove it"), ("c0/a.png", b"", "replace or remove it"),
     ("c0/a.png", cut, "replace or remove it"), ("c0/e.tif", lambda p: picture(p, 0, "F"), "32 b"),
     ("c0/a.png", lambda path: Image.new("1", (20000, 10000)).save(path), "exceeds limit"),
@@ -301,8 +308,9 @@ def test_a_data_set_is_decoded_once(kept, tmp_path, monkeypatch, capsys):
     (tmp_path / "split" / "log.txt").write_text("what lies beside train/ does not count")
     loaded(split, first, 4)
     loaded(config("folder", folder), first, 5)
-    assert capsys.readouterr().err == ""
-    loaded(config("folder", folder, cache=folder / "c0" / "a.png"), first, 6)
+    assert "2.txt left out" in capsys.readouterr().err
+    (tmp_path / "a.png").touch()
+    loaded(config("folder", folder, cache=tmp_path / "a.png"), first, 6)
     assert "a.png" in (err := capsys.readouterr().err) and "not kept for the next time" in err
 
 def test_changed_sources_are_decoded_anew(kept):
@@ -317,7 +325,7 @@ def test_changed_sources_are_decoded_anew(kept):
         loaded(given, again, 2 * i + 2)
         loaded(config("folder", f), again, 2 * i + 3)
     (f / "c9").mkdir()
-    says("classes c9", data.load, given)
+    says("class c9", data.load, given)
 
 @pytest.mark.parametrize("change", [flip, cut, b"", b"[1, 2]", "code"])
 def test_a_damaged_kept_data_set_is_decoded_anew(kept, tmp_path, capsys, change):
@@ -355,9 +363,10 @@ def test_batch_is_in_minus_one_to_one_and_flips():
 def test_png_and_grid(tmp_path):
     images = torch.randint(0, 256, (5, 1, 8, 8), dtype=torch.uint8)
     for x in (images[0], images[:3, 0]):                # Gray and RGB.
-        data.save_png(x, tmp_path / "a.png")
-        assert np.array_equal(data.decode_image(tmp_path / "a.png"), x)
-    grid = data.grid(images, 3)
+        image_files.save_png(x, tmp_path / "a.png")
+        assert np.array_equal(image_files.decode_image(tmp_path / "a.png", len(x)), x)
+    grid = image_files.grid(images, 3)
     assert grid.shape == (3, 2 * 34 + 2, 3 * 34 + 2)
+    assert image_files.grid(images[:1], 3).shape == (3, 34 + 2, 3 * 34 + 2)
     assert torch.equal(grid[0, 2:34:4, 2:34:4], images[0, 0])
     assert [p.name for p in tmp_path.iterdir()] == ["a.png"]

@@ -34,7 +34,8 @@ def constant(value=0.0, section=DEFAULT):
 
 def small_edm(net_type, folder):
     torch.manual_seed(0)
-    return diffusion.build(load_config(tiny_config(folder, net_type)))
+    path = tiny_config(folder, net_type, diffusion={"sigma_data": STD})
+    return diffusion.build(load_config(path))
 
 def weighted_error(model, sigma, n):
     """The mean of λ(D-y)² over n images at one noise level."""

@@ -58,7 +58,7 @@ def test_activations_are_those_of_the_blocks(tmp_path):
         block.register_forward_hook(lambda m, i, x, name=name: outputs.update({name: x}))
     net.eval()
     with torch.no_grad():
-        c_in = 1 / (recorder.sigma[:, None, None, None] ** 2 + 0.25).sqrt()
+        c_in = 1 / (recorder.sigma[:, None, None, None] ** 2 + 0.85 ** 2).sqrt()
         net(c_in * recorder.noisy, recorder.sigma.log() / 4)
     assert found == pytest.approx([rms(outputs[name]) for name in recorder.blocks], rel=1e-5)
     for name, x in outputs.items():

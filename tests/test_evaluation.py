@@ -54,7 +54,8 @@ def test_a_schedule_and_what_it_gives(tmp_path):
     assert f"{KEY}/0.02".encode() in board
     succeed("sample.py", "--config", config, "--n_samples", 80)
     scored = succeed("fid.py", "--config", config, "--features", "pixels")
-    assert float(scored.split()[1].rstrip(":")) == pytest.approx(found[-1][fd], rel=1e-3)
+    scored = float(scored.splitlines()[-1].split()[1].rstrip(":"))
+    assert scored == pytest.approx(found[-1][fd], rel=1e-3)
     probed = succeed("probe.py", "--config", config, "--passes", 1)
     assert f"probe accuracy {found[-1][accuracy]:.2f} %" in probed
     # Killed between the save on the way and the checkpoint: the epoch's end is done again.

@@ -247,7 +247,7 @@ def test_training_goes_on_from_the_one_before_a_damaged_one(copied, trained):
     for path in ckpts.iterdir():            # Only damaged ones.
         path.write_bytes(path.read_bytes()[:-1])
     done = run(*command)
-    assert done.returncode == 2 and "only damaged checkpoints" in done.stderr.splitlines()[-1]
+    assert done.returncode == 2 and "only damaged or foreign" in done.stderr.splitlines()[-1]
     assert set(re.findall(r"model_(\d)\.pth is damaged", done.stderr)) == {"0", "1", "2", "3"}
     shutil.rmtree(ckpts)
     (ckpts / "latest.pth").mkdir(parents=True)      # The system cannot read it: it may be whole.
@@ -273,14 +273,14 @@ def test_checkpoints_of_others_are_refused_with_what_differs(copied):
     command, config, ckpts = copied
     command += ["--set", "n_epoch=5"]               # Which may differ.
     for key, there, here in (("network.dropout", 0.0, 0.3), ("lrate", 0.01, 0.5), ("seed", 0, 1),
-                             ("diffusion.sigma_data", 0.5, 0.4)):
+                             ("diffusion.sigma_data", 0.85, 0.8)):
         refused(*command, "--set", f"{key}={here}", words=[
             f"({key} {there} there, {here} here)", config.save_dir])
     state = checkpoint.load(ckpts / "model_3.pth")
     done = run(*command, "--amp_dtype", "bfloat16", "--max_steps", 41)
     assert "trained in float32 and goes on in bfloat16 mixed precision" in done.stderr
     checkpoint.save(ckpts / "model_3.pth", state | {"n_images": 9})
-    refused(*command, words=["9 images", "1437", config.save_dir])
+    refused(*command, words=["9 images", "1,437", config.save_dir])
     name = next(iter(state["network"]))
     state["network"][name] = torch.zeros(1)
     checkpoint.save(ckpts / "model_3.pth", state)

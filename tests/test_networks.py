@@ -123,8 +123,8 @@ def test_forced_weight_normalization(net_type):
     assert (along < 1e-3 * norms + 1e-9).all()
 
 def test_initialization():
-    for p in build("UNetC").parameters():           # Uniform He, none from zeros.
-        bound = math.sqrt(3 / p[0].numel())
+    for p in build("UNetC").parameters():           # U(±1/√fan_in), none from zeros.
+        bound = 1 / math.sqrt(p[0].numel())
         assert p.abs().max() <= bound
         assert p.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.15)
     g = build("UNetG")

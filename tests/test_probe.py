@@ -29,7 +29,7 @@ def make_probe(config, train, test=None, **how):
 @pytest.mark.parametrize("net_type", NETS)
 def test_features_are_those_of_the_whole_network(tmp_path, net_type):
     """The pass that ends at a block gives the averages that the whole pass gives there."""
-    config = load_config(tiny_config(tmp_path, net_type))
+    config = load_config(tiny_config(tmp_path, net_type, linear={"flip": False}))
     images, labels = (part[:300] for part in data.load(config))
     probe = make_probe(config, (images, labels), passes=2, batch_gpu=64)
     assert list(probe.widths) == ["out_1", "out_2", "out_3"]
@@ -50,9 +50,10 @@ def test_features_are_those_of_the_whole_network(tmp_path, net_type):
     assert probe.extract(TEST, 3, ["out_1"]).values.shape == (1, 300, probe.widths["out_1"])
 
 def test_training_images_are_flipped_half_of_the_time(tmp_path):
-    """Only where the config flips and only in training; a noise level of almost 0 shows it."""
+    """Only where `linear` says so and only in training; a noise level of almost 0 shows it."""
     for flip in (False, True):
-        config = load_config(tiny_config(tmp_path, flip=flip, diffusion={"sigma_min": 1e-6}))
+        config = load_config(tiny_config(tmp_path, diffusion={"sigma_min": 1e-6},
+                                         linear={"flip": flip}))
         same = data.load(config)[0][:1].repeat(256, 1, 1, 1), torch.zeros(256, dtype=torch.int64)
         for kind in (TRAIN, TEST):
             values = make_probe(config, same, passes=1).extract(kind, 1, ["out_2"]).values[0]
@@ -98,7 +99,8 @@ def test_accuracy_is_scikit_learns(tmp_path):
     """Features of 5,000 + 1,000 real images, logistic regression on the same: within one point."""
     config = load_config(ROOT / "config" / "cifar10" / "C.yaml", [
         "network.n_channels=16", "network.ch_mults=[1,2,4]", "network.is_attn=[false,false,false]",
-        "network.n_blocks=1", "network.attn_channels_per_head=16", "flip=false", "cache_dir=null",
+        "network.n_blocks=1", "network.attn_channels_per_head=16", "cache_dir=null",
+        "linear.flip=false",
         "linear.lrate=1e-2", "linear.n_epoch=100", f"data_root={DATA}"])
     (x, y), (x_test, y_test) = data.load(config), data.load(config, train=False)
     y, y_test = y[:5000], y_test[:1000]
@@ -170,7 +172,7 @@ def test_grid(probed):
     (["--blocks", "out_1,in_2"], ["--blocks in_2", "out_1, out_2, out_3"]),
     (["--epoch", "7"], ["no checkpoint of epoch 7", "0, 1, 2, 3"]),
     (["--set", "linear.timestep=19"], ["linear.timestep", "18", "19"]), (["--epoch", "1"], ["NaN"]),
-    (["--set", "classes=100"], ["classes is 100", "are 10"]),
+    (["--set", "classes=100"], ["classes is 100", "has 10"]),
     (["--set", "net_type=UNetG"], ["net_type", "UNetG"]), (["--timesteps", "0-3"], ["--timesteps"]),
     (["--set", "dataset=folder", "--set", "data_root=/nowhere"], ["/nowhere"]),
     (["--timesteps", "5-3"], ["--timesteps", "5-3"]), (["--passes", "0"], ["--passes", "'0'"]),

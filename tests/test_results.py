@@ -34,7 +34,8 @@ def test_table_and_curves(tmp_path):
     done = run("results.py", c, e, g, c2, "--out", tmp_path / "out.png")
     assert done.returncode == 0 and "other sampling settings: FID 1 @ 999" in done.stderr
     assert done.stderr.count(f"{e / 'results.jsonl'}: a damaged line") == 4
-    names = [f"{metric} {config}" for metric in ("FID", "FD(pixels)", "probe") for config in "CEG"]
+    names = [f"{metric} {config}" for metric in ("FID", "FD(pixels)", "probe")
+             for config in ("UNetC", "UNetE", "UNetG")]
     assert done.stdout.splitlines()[:5] == [
         f"| | {' | '.join(names)} |", "|---|---|---|---|---|---|---|---|---|---|",
         f"| CIFAR-10 ({c}, {e}) | 3.03 @ 999 | 2.72 @ 1999 | - | - | - | - | "

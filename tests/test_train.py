@@ -106,7 +106,8 @@ def test_checkpoint_holds_plain_tensors_and_values_once(trained):
 
     assert plain(state | {"network": dict(state["network"])})
     assert set(state) == {*ALL, "ema_step", "optimizer", "scaler", "step", "epoch", "loss_sum",
-                          "window", "bad_steps", "posthoc", "n_images", "precision", "config"}
+                          "window", "bad_steps", "posthoc", "n_images", "images_sha256",
+                          "precision", "config"}
     assert (state["step"], state["epoch"], state["ema_step"]) == (20, 1, 20)
     assert state["config"] == load_config(trained / "config.yaml").model_dump()
     assert set(state["network"]) == set(state["ema"])

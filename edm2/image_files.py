@@ -1,0 +1,123 @@
+"""Files of images, for training, samples and scores: found, decoded and written in one way."""
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from edm2 import distributed, files
+from edm2.errors import UserError, warn
+
+SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
+CHUNK = 256     # Images that are decoded before they are asked for.
+
+def find_images(folder, say=True):
+    """The paths of the images in and below a folder, sorted. Hidden names, what is no image by its
+    suffix, and links to what was walked already are left out, and named if `say`. Raises UserError
+    for images beside folders of images: which are meant is not known."""
+    def fail(error):
+        raise error
+
+    found, left_out, walked = [], [], set()
+    for parent, folders, names in os.walk(folder, onerror=fail, followlinks=True):
+        parent, real = Path(parent), os.path.realpath(parent)
+        if real in walked:
+            left_out.append(parent)
+            folders.clear()
+            continue
+        walked.add(real)
+        left_out += [parent / name for name in folders if name.startswith(".")]
+        folders[:] = sorted((name for name in folders if not name.startswith(".")),
+                            key=lambda name: ((parent / name).is_symlink(), name))    # Links last.
+        for path in map(parent.joinpath, names):
+            image = path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
+            (found if image else left_out).append(path)
+    if left_out and say and distributed.rank() == 0:
+        warn(f"{folder}: {some(os.path.relpath(path, folder) for path in left_out)} left out: "
+             f"hidden, no image ({' '.join(sorted(SUFFIXES))}) or seen already")
+    if 0 < len(loose := [path.name for path in found if path.parent == Path(folder)]) < len(found):
+        raise UserError(f"{folder} holds images, {some(loose)}, beside folders of images: move the "
+                        f"ones or the others away")
+    return sorted(found)
+
+def some(names, most=3):
+    """Names in short: their number, where there are several, and the first of them."""
+    names = sorted(map(str, names))
+    return (f"{len(names):,} (" * (len(names) > 1) + ", ".join(names[:most])
+            + ", ..." * (len(names) > most) + ")" * (len(names) > 1))
+
+def decode_all(items, decode, remedy="replace or remove it"):
+    """Yield decode(item) of each item, in order, by threads: Pillow decodes without the GIL. Raises
+    UserError, in the end, with the number and the first of those that decode() raised."""
+    failed = []
+
+    def attempt(item):
+        try:
+            return decode(item)
+        except UserError as e:
+            failed.append(e)
+
+    with ThreadPoolExecutor(distributed.cores()) as pool:
+        for start in range(0, len(items), CHUNK):
+            for image in pool.map(attempt, items[start:start + CHUNK]):
+                if not failed:
+                    yield image
+    if failed:
+        raise UserError(f"{some(failed)}: {remedy}")
+
+def decode_image(path, channels, size=None):
+    """Decode an image file to (C,H,W) uint8, upright as its EXIF says, C 1 (gray) or 3 (RGB); with
+    a size (H,W) resized and centre-cropped to that. Raises UserError for what is no whole image."""
+    try:
+        with Image.open(path) as image:
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I;16"):                   # convert() would make it white.
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            elif image.mode in ("I", "F"):
+                raise ValueError("its pixels have 32 bits, where black and white are unknown")
+            return to_array(image, channels, size)
+    except Exception as e:      # Pillow raises OSError, ValueError, SyntaxError and more.
+        reason = getattr(e, "strerror", None) or e
+        raise UserError(f"{path} is not a whole image ({reason})") from None
+
+def to_array(image, channels, size=None):
+    """A PIL image as (C,H,W) uint8, as decode_image() says."""
+    image = image.convert("L" if channels == 1 else "RGB")
+    if size:
+        image = ImageOps.fit(image, size[::-1], Image.Resampling.LANCZOS)
+    return np.asarray(image).reshape(*image.size[::-1], -1).transpose(2, 0, 1)
+
+def is_gray(path):
+    """Whether an image file has no colours; what cannot be read has none."""
+    try:
+        with Image.open(path) as image:
+            return image.mode in ("1", "L", "LA") or image.mode.startswith("I;16")
+    except Exception:           # decode_image() says it.
+        return True
+
+def images_in(path, arrays):
+    """The images of an .npz's arrays, (N,C,H,W) uint8, which lie there so or as (N,H,W,C).
+    UserError: there is not one such array."""
+    found = [a for a in arrays.values() if a.dtype == np.uint8 and a.ndim == 4 and len(a)
+             and {1, 3} & {a.shape[1], a.shape[3]}]
+    if len(found) != 1:
+        held = ", ".join(f"{name} {a.dtype} {list(a.shape)}" for name, a in arrays.items())
+        raise UserError(f"{path} holds {held or 'nothing'}: expected one uint8 array of images "
+                        f"(N,H,W,C) or, to score, statistics mu (d,) and sigma (d,d)")
+    return found[0].transpose(0, 3, 1, 2) if found[0].shape[3] in (1, 3) else found[0]
+
+def save_png(image, path):
+    """Write an image (C,H,W) uint8, on the CPU, as a PNG: whole or not at all."""
+    pixels = image.permute(1, 2, 0).numpy()
+    with files.atomic(path) as temporary:
+        Image.fromarray(pixels[..., 0] if len(image) == 1 else pixels).save(temporary, "PNG")
+
+def grid(images, n_columns):
+    """Images (N,C,H,W) uint8 side by side as one (C,H',W') uint8, n_columns wide whatever N;
+    small ones are enlarged."""
+    from torchvision.utils import make_grid
+    scale = max(1, 32 // images.shape[-1])
+    images = images.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
+    blank = images.new_full((max(0, n_columns - len(images)), *images.shape[1:]), 128)
+    return make_grid(torch.cat([images, blank]), n_columns, padding=2, pad_value=128)
