@@ -47,8 +47,7 @@ class GroupNorm(nn.Module):
         super().__init__()
         self.groups = min(groups, channels // 4)
         if self.groups == 0 or channels % self.groups:
-            raise ValueError(f"{channels} channels cannot be divided into {max(self.groups, 1)} "
-                             f"groups of 4 or more by group norm: choose multiples of 32")
+            raise ValueError(f"{channels} channels: group norm needs multiples of 32, below 128 of 4")
 
     def forward(self, x):
         return normalize(x.unflatten(1, (self.groups, -1)), dim=(2, 3, 4)).flatten(1, 2)
@@ -79,8 +78,7 @@ class Attention(nn.Module):
         super().__init__()
         self.channels_per_head = channels_per_head or channels
         if channels % self.channels_per_head:
-            raise ValueError(f"attn_channels_per_head {channels_per_head} does not divide the "
-                             f"{channels} channels of a level with attention")
+            raise ValueError(f"attn_channels_per_head {channels_per_head} cannot divide {channels}")
         self.qkv = Conv2d(channels, 3 * channels, 1)
         self.proj = Conv2d(channels, channels, 1)
 

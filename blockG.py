@@ -91,8 +91,7 @@ class Attention(nn.Module):
         super().__init__()
         self.channels_per_head = channels_per_head or channels
         if channels % self.channels_per_head:
-            raise ValueError(f"attn_channels_per_head {channels_per_head} does not divide the "
-                             f"{channels} channels of a level with attention")
+            raise ValueError(f"attn_channels_per_head {channels_per_head} cannot divide {channels}")
         self.qkv = Conv2d(channels, 3 * channels, 1)
         self.proj = Conv2d(channels, channels, 1)
 

@@ -11,19 +11,10 @@ import re
 import shlex
 import statistics
 import time
-from edm2 import (
-    checkpoint,
-    data,
-    distributed,
-    features,
-    files,
-    flags,
-    frechet,
-    image_files,
-    results,
-)
+from edm2 import checkpoint, data, distributed, features, files, flags, frechet, results
 from edm2.config import Count, load_config
 from edm2.errors import UserError, command, warn
+from edm2.image_files import some
 
 def main():
     """Parse the command line, score what it names."""
@@ -82,8 +73,7 @@ def score(samples, reference, extractor, metrics, of=""):
     if bad := [name for name, value in found.items() if not math.isfinite(value)]:
         raise UserError(f"{samples.name}: {bad[0]} is {found[bad[0]]}")
     for name, value in found.items():
-        print(f"{name} {value:.6g}: {of}{samples.name} ({a}) against {reference.name} ({b})",
-              flush=True)
+        print(f"{name} {value:.6g}: {of}{samples.name} ({a}) against {reference.name} ({b})")
     if any(one.n and one.n < frechet.N_FID for one in (samples, reference)):
         warn(f"{a} and {b}: from under {frechet.N_FID:,} images the distance comes out too high "
              f"(its bias grows as 1/n): compare it only with scores of the same n")
@@ -102,8 +92,7 @@ def score_epoch(config, args, epoch, folders, reference, extractor):
             "sampling": {key: made.get(key) for key in (*results.STANDARD, "precision")},
             "n": samples.n, "n_reference": reference.n, "images_sha256": made["images_sha256"],
             "epoch": epoch, "features": extractor.name, "weights_sha256": extractor.sha256,
-            "features_version": extractor.version,
-            "seconds": round(time.perf_counter() - start, 2)}
+            "features_version": extractor.version, "seconds": time.perf_counter() - start}
         length = f" sigma_rel={made['sigma_rel']:g}" if made.get("sigma_rel") else ""
         for name in scores[0]:
             values = [found[name] for found in scores]
@@ -142,9 +131,9 @@ def find_sets(config, args, trained_on):
                 raise UserError(f"{folder} is of another checkpoint: remove it, then {make}")
             names = (features.sample_path(folder, i) for i in range(n))
             if missing := [path.name for path in names if not path.exists()]:
-                raise UserError(f"{folder} lacks images, {image_files.some(missing)}: {make}")
-            sets.setdefault(epoch, {})[str(folder)] = settings | {
-                "n": n, "images_sha256": trained_on[1]}
+                raise UserError(f"{folder} lacks images, {some(missing)}: {make}")
+            settings |= {"n": n, "images_sha256": trained_on[1]}
+            sets.setdefault(epoch, {})[str(folder)] = settings
     if not sets:
         raise UserError(f"no epoch of {config.save_dir} has samples: make some with sample.py")
     return sets

@@ -45,11 +45,11 @@ def main():
         table = np.array([probe.accuracies(timestep, blocks) for timestep in timesteps])
         if distributed.rank() == 0:
             report(config, table, timesteps, widths, device, {
-                "figure": "probe", "n": len(test[0]), "n_reference": len(train[0]),
-                "images_sha256": sha256, "epoch": epoch,
-                "seeds": [args.seed], "passes": args.passes, "linear": config.linear.model_dump(),
-                "weights": "ema", "sigma_rel": args.sigma_rel, "precision": flags.precision(dtype),
-                "seconds": round(time.perf_counter() - start, 2)})
+                "figure": "probe", "n": len(test[0]), "n_reference": len(train[0]), "epoch": epoch,
+                "images_sha256": sha256, "seeds": [args.seed], "passes": args.passes,
+                "linear": config.linear.model_dump(), "weights": "ema",
+                "sigma_rel": args.sigma_rel, "precision": flags.precision(dtype),
+                "seconds": time.perf_counter() - start})
 
 def report(config, table, timesteps, widths, device, common):
     """Print accuracies (timesteps, blocks), append them to results.jsonl, draw several as a map."""

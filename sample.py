@@ -10,18 +10,10 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import numpy as np
-from edm2 import (
-    checkpoint,
-    diffusion,
-    distributed,
-    features,
-    files,
-    flags,
-    image_files,
-    posthoc_ema,
-)
+from edm2 import checkpoint, diffusion, distributed, features, files, flags, posthoc_ema
 from edm2.config import Count, Index, Unit, load_config
 from edm2.errors import UserError, command
+from edm2.image_files import grid, save_png
 
 def main():
     """Parse the command line, load the network, write the images that are missing."""
@@ -92,7 +84,7 @@ def write_images(denoiser, missing, args, folder):
                                         args.clip_denoised).cpu()
             bar.update(len(list(written)))          # A write that failed shows here.
             indices = missing.intersection(batch)
-            written = pool.map(image_files.save_png, [images[i - batch.start] for i in indices],
+            written = pool.map(save_png, [images[i - batch.start] for i in indices],
                                [features.sample_path(folder, i) for i in indices])
         bar.update(len(list(written)))
 
@@ -100,7 +92,7 @@ def finish(folder, n_samples, npz):
     """Write grid.png and, if asked for, samples.npz from the PNGs, and say where all is."""
     n = n_samples if npz else min(n_samples, 64)
     _, images = next(features.open_samples(folder, n).batches(range(n), n))
-    image_files.save_png(image_files.grid(images[:64], 8), folder / "grid.png")
+    save_png(grid(images[:64], 8), folder / "grid.png")
     if npz:
         with files.atomic(folder / "samples.npz") as temporary, open(temporary, "wb") as file:
             np.savez(file, images.permute(0, 2, 3, 1).numpy())

@@ -29,7 +29,7 @@ def main():
                    help="stop after step N, unsaved: for a quick look at speed and memory")
     args = p.parse_args()
     config, device = load_config(args.config, args.set), distributed.init()
-    dtype = flags.dtype(args.amp_dtype or args.use_amp)
+    dtype, sigma_data = flags.dtype(args.amp_dtype or args.use_amp), config.diffusion.sigma_data
     diffusion.describe(config, device, flags.precision(dtype))
     if args.dry_run:
         return
@@ -38,7 +38,11 @@ def main():
         images, labels = data.load(config)
     if config.batch_size > len(images):
         raise UserError(f"batch_size {config.batch_size} is more than the {len(images)} images")
-    compare_sigma_data(config, images)
+    # sigma_data is meant to be the RMS of the pixels (EDM Table 1).
+    rms = data.to_float(images[::max(1, len(images) // 5000)]).square().mean().sqrt().item()
+    distributed.print0(words := f"RMS of the pixels {rms:.3f}, sigma_data {sigma_data:g}")
+    if abs(rms - sigma_data) > 0.2 * sigma_data and distributed.rank() == 0:
+        warn(f"{words}: set diffusion.sigma_data")
     evaluator = config.eval_every and evaluation.Evaluator(config, images, labels, device,
                                                            args.batch_gpu)
     with contextlib.ExitStack() as stack:
@@ -106,14 +110,6 @@ def train(config, args, images, device, evaluator, signals):
             run.save(checkpoint.latest_paths(config)[0])
         if signum:
             raise Stopped(signum, f"after step {run.step} and saved in {config.save_dir}")
-
-def compare_sigma_data(config, images):
-    """Say what the RMS of the pixels is, which sigma_data is meant to be (EDM Table 1)."""
-    some, sigma_data = images[::max(1, len(images) // 5000)], config.diffusion.sigma_data
-    rms = data.to_float(some).square().mean().sqrt().item()
-    distributed.print0(f"RMS of the pixels {rms:.3f}, sigma_data {sigma_data:g}")
-    if not 0.8 < sigma_data / max(rms, 1e-9) < 1.25 and distributed.rank() == 0:
-        warn(f"diffusion.sigma_data is {sigma_data:g}, but the RMS of the pixels is {rms:.3f}")
 
 def learning_rate(config, step, steps_per_epoch):
     """lrate, warmed up linearly over warm_epoch, then divided by √max(t/t_ref, 1) (EDM2 Eq. 67)."""

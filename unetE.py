@@ -45,8 +45,7 @@ class UNetE(nn.Module):
                 skips.append(channels)
 
         # Middle.
-        self.middle = nn.ModuleList([block(channels, channels, attention=True),
-                                     block(channels, channels)])
+        self.middle = nn.ModuleList([block(channels, channels, True), block(channels, channels)])
 
         # Decoder: all blocks but the upsampling ones take a skip.
         self.decoder = nn.ModuleList()

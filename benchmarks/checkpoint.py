@@ -36,7 +36,8 @@ def main():
 def measure(name, folder, rounds):
     """Print the row of one config."""
     config = load_config(ROOT / "config" / f"{name}.yaml", [f"save_dir={folder}"])
-    run = train.Run(config, flags(), distributed.init(), config.batch_size)
+    images = torch.zeros(config.batch_size, *config.network.image_shape, dtype=torch.uint8)
+    run = train.Run(config, flags(), distributed.init(), images)
     for p in run.denoiser.parameters():
         p.grad = torch.randn_like(p)
     run.optimizer.step()                    # It has its moments then, which are most of the file.

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from sides import alternate, machine, table
-from edm2 import data, distributed, features, files, frechet
+from edm2 import distributed, features, files, frechet, image_files
 
 def main():
     """Time the sides and print both tables."""
@@ -37,7 +37,7 @@ def main():
         g = torch.Generator().manual_seed(0)
         images = torch.randint(0, 256, (args.n, 3, 32, 32), dtype=torch.uint8, generator=g)
         for i, image in enumerate(images):
-            data.save_png(image, Path(folder) / f"{i:06d}.png")
+            image_files.save_png(image, Path(folder) / f"{i:06d}.png")
         weights = Path(folder) / "weights.pth"
         torch.save(random_weights(), weights)
         sides = {"fid.py": ours, "torch-fidelity": torch_fidelity, "pytorch-fid": pytorch_fid}

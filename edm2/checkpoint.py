@@ -80,8 +80,7 @@ def load_epoch(config, epoch):
     return state
 
 def check_images(path, state, n, sha256):
-    """Raise UserError where a checkpoint's run was trained on other images than the n of a SHA-256,
-    which checkpoints hold since 2026-11-27."""
+    """Raise UserError for another number or SHA-256 of images than a checkpoint was trained on."""
     if (there := (state["n_images"], state.get("images_sha256", sha256))) != (n, sha256):
         raise UserError(f"{path} is of a run on {there[0]:,} images of SHA-256 {there[1][:8]}..., "
                         f"here are {n:,} of {sha256[:8]}...: use its data, or another save_dir")
@@ -124,23 +123,18 @@ def choose(config, fresh):
 
 def restore(module, state_dict):
     """Load a state dict into a module. Raises UserError naming a tensor that does not fit."""
-    here, there = ({(name, x.shape) for name, x in state.items()}
-                   for state in (module.state_dict(), state_dict))
+    here, there = ({(k, x.shape) for k, x in d.items()} for d in (module.state_dict(), state_dict))
     if here != there:
         raise UserError(f"a checkpoint of another network: they differ in {min(here ^ there)[0]}")
     module.load_state_dict(state_dict)
 
 def check_same(config, saved, keys):
     """Raise UserError listing where a Config differs from a checkpoint's in or below `keys`."""
-    def flat(values, prefix=""):
-        for key, value in values.items():
-            yield from (flat(value, f"{prefix}{key}.") if isinstance(value, dict) else
-                        [(prefix + key, value)])
-
-    here, there = dict(flat(config.model_dump())), dict(flat(saved))
-    differences = [f"{name} {there.get(name)!r} there, {here.get(name)!r} here"
-                   for name in here | there
-                   if name.startswith(tuple(keys)) and here.get(name) != there.get(name)]
+    here, there = ({f"{key}.{name}".rstrip("."): value for key, section in values.items()
+                    for name, value in (section if isinstance(section, dict) else {"": section})
+                    .items()} for values in (config.model_dump(), saved))
+    differences = [f"{k} {there.get(k)!r} there, {here.get(k)!r} here" for k in here | there
+                   if k.startswith(tuple(keys)) and here.get(k) != there.get(k)]
     if differences:
         raise UserError(f"{config.save_dir} holds a run of another config "
                         f"({'; '.join(differences)}): use its config, or another save_dir")

@@ -4,7 +4,7 @@ import contextlib
 import difflib
 import os
 import reprlib
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Literal
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationError
 from edm2.data import SETS
@@ -14,6 +14,7 @@ from edm2.errors import UserError
 FREE = {"n_epoch", "load_epoch", "data_root", "cache_dir", "classes", "save_dir", "save_model",
         "save_every", "save_minutes", "log_every", "n_sample", "linear", "dynamics_every",
         "eval_every", "eval"}       # Keys that do not shape the result: a run may change them.
+TEXTS = {"data_root", "cache_dir", "save_dir", "linear.blockname"}      # Whose --set is no YAML.
 
 def to_number(value):
     """A text such as 2e-2, which YAML 1.1 does not read as a number, and 3.0, as the number."""
@@ -156,8 +157,8 @@ def load_config(path, overrides=()):
         for parent in parents:
             below = target.get(parent)
             target[parent] = target = below if isinstance(below, dict) else {}
-        as_it_stands = is_text(name) and text.strip() != "null" and text.strip()[:1] not in "'\""
-        target[last] = text.strip() if as_it_stands else parse_yaml(text, f"--set {name}")
+        is_text = name.strip() in TEXTS and text.strip().strip("'\"") == text.strip() != "null"
+        target[last] = text.strip() if is_text else parse_yaml(text, f"--set {name}")
     for name, field in Config.model_fields.items():     # A section may be there and empty.
         if values.get(name, name) is None and isinstance(field.default, Section):
             del values[name]
@@ -165,14 +166,6 @@ def load_config(path, overrides=()):
         return Config.model_validate(values)
     except ValidationError as e:
         raise UserError(f"config {path}: {explain(e)}") from None
-
-def is_text(name):
-    """Whether a dotted key holds a text, such as a folder: YAML would see comments and dates."""
-    kind = Config
-    for part in name.strip().split("."):
-        field = getattr(kind, "model_fields", {}).get(part)
-        kind = field and field.annotation
-    return str in (kind, *(getattr(one, "__origin__", one) for one in get_args(kind)))
 
 class Loader(yaml.SafeLoader):
     """PyYAML's, but a key that stands twice is an error: PyYAML takes the last."""

@@ -3,16 +3,14 @@
 import contextlib
 import functools
 import hashlib
-import os
 import shutil
 from pathlib import Path
 import numpy as np
 import PIL
 import torch
 from filelock import FileLock
-from PIL import Image
 from edm2 import diffusion, distributed, files, image_files
-from edm2.errors import UserError, warn
+from edm2.errors import UserError
 
 DECODED = 3     # Version of the code that decodes: with another one, what was kept is decoded anew.
 NOISE = 1       # What a step's seed is for.
@@ -26,19 +24,11 @@ def load(config, train=True):
     was found. Raises UserError: missing, damaged, not whole, or not of config.classes."""
     shape, split = config.network.image_shape, "training" if train else "test"
     where, sources, read = SETS[config.dataset][0](config, train)
-    kept, arrays = cache_path(config, split, sources), None
-    if kept and kept.exists():
-        try:
-            arrays = files.read_npz(kept)
-            arrays = {name: arrays[name] for name in ("images", "labels")}
-        except (UserError, KeyError) as e:
-            warn(f"{kept} does not serve ({e}); decoding the data set again")
-            arrays = None
-    if not arrays:
+    kept = cache_path(config, split, sources)
+    if not (arrays := files.read_cache(kept, "images", "labels")):
         images, labels = read(shape)
         arrays = {"images": np.ascontiguousarray(images), "labels": np.array(labels, np.int64)}
-        if kept:
-            files.write_npz(kept, **arrays)
+        files.write_cache(kept, **arrays)
     images, labels = (torch.from_numpy(array) for array in arrays.values())
     n_classes = int(labels.max()) + 1
     distributed.print0(f"{len(images):,} {split} images, {n_classes or 'no'} classes, from {where}")
@@ -61,10 +51,9 @@ def find_cifar(config, train):
     from torchvision.datasets import CIFAR10, CIFAR100
     from torchvision.datasets.utils import check_integrity
     kind = CIFAR10 if config.dataset == "cifar10" else CIFAR100
-    folder, meta = Path(config.data_root, kind.base_folder), (kind.meta["filename"],
-                                                              kind.meta["md5"])
+    folder = Path(config.data_root, kind.base_folder)
     fetch(kind.__name__, kind.url, kind.tgz_md5, folder)
-    parts = [*kind.train_list, *kind.test_list, meta]
+    parts = [*kind.train_list, *kind.test_list, (kind.meta["filename"], kind.meta["md5"])]
 
     def read(shape):
         for part, md5 in parts:
@@ -107,47 +96,39 @@ def find_folder(config, train):
     those to train on are data_root/train(.npz), where it exists, or data_root itself; the others
     data_root/val(.npz) or data_root/test(.npz)."""
     def place(*names):
-        for path in (root / f"{name}{end}" for name in names for end in ("", ".npz")):
-            if path.exists():
-                return path
-        raise UserError(f"data_root {root}: there is no folder or .npz {' or '.join(names)}")
-
-    def class_names(folder, paths):
-        return {path.relative_to(folder).parts[0] for path in paths if path.parent != folder}
+        if found := [path for name in names if (path := root / name).exists()]:
+            return found[0]
+        raise UserError(f"data_root {root}: there is no {' or '.join(filter(None, names))} there")
 
     root = Path(config.data_root)
-    where, trained = place("train", ".") if train else place("val", "test"), place("train", ".")
+    trained = place("train", "train.npz", "")
+    where = trained if train else place("val", "val.npz", "test", "test.npz")
     if where.is_file():
         return where, [where], functools.partial(read_npz, where)
     for key in ("save_dir", "cache_dir"):
         if Path(getattr(config, key) or "/").resolve().is_relative_to(where.resolve()):
-            raise UserError(f"{key} {getattr(config, key)} lies in {where}, whose images are the "
-                            f"data set: choose another {key}")
-    paths = image_files.find_images(where)
-    names = class_names(where, paths)           # A label is a name's rank.
-    if not paths:
+            raise UserError(f"{key} {getattr(config, key)} lies in data {where}: choose another")
+    if not (paths := image_files.find_images(where)):
         raise UserError(f"{where} holds no images: {' '.join(sorted(image_files.SUFFIXES))}")
-    if names and (empty := {path.name for path in where.iterdir() if path.is_dir()
-                            and not (path.is_symlink() or path.name.startswith("."))} - names):
-        raise UserError(f"{where} holds no images of class {image_files.some(empty)}")
-    if not train and trained.is_dir() and (strange := names ^ class_names(
-            trained, image_files.find_images(trained, say=False))):
-        raise UserError(f"{where} and {trained} differ in class {image_files.some(strange)}")
-    rank = {name: i for i, name in enumerate(sorted(names))}
-    labels = [rank.get(path.relative_to(where).parts[0], -1) for path in paths]
+    names = [path.relative_to(where).parts[0] for path in paths if path.parent != where]
+    # All of the training's folders, but for links to what was walked already.
+    classes = {path.name for path in trained.glob("[!.]*/") if trained.is_dir() and (
+        path.name in names or not (train and path.is_symlink()))}
+    if names and (strange := classes ^ set(names)):
+        raise UserError(f"class {image_files.some(strange)}: no images in {where} or {trained}")
+    rank = {name: i for i, name in enumerate(sorted(classes))}
+    labels = [rank[name] for name in names] or [-1] * len(paths)
     return where, paths, lambda shape: (decode(paths, shape), labels)
 
 def read_npz(path, shape):
-    """Images, brought to `shape` (C,H,W), and labels of an .npz. UserError: labels of no sense."""
+    """Images of `shape` (C,H,W) and labels of an .npz. UserError: others, labels of no sense."""
     arrays = files.read_npz(path)
     images, labels = image_files.images_in(path, arrays), arrays.get("labels")
     if labels is not None and (labels.dtype.kind not in "iu" or labels.shape != (len(images),)
                                or labels.min() < 0):
-        raise UserError(f"{path}: labels {labels.dtype} {list(labels.shape)} are not one number "
-                        f"from 0 on for each of {len(images):,} images")
-    if images.shape[1:] != tuple(shape):
-        images = [image_files.to_array(Image.fromarray(x.transpose(1, 2, 0).squeeze()), shape[0],
-                                       shape[1:]) for x in images]
+        raise UserError(f"{path}: labels {labels.dtype} {list(labels.shape)} are no classes")
+    if list(images.shape[1:]) != shape:
+        raise UserError(f"{path}: images of {list(images.shape[1:])}, network.image_shape {shape}")
     return images, [-1] * len(images) if labels is None else labels
 
 # {name: (function of config and train, (C,H,W) where it has only one)}. The function gives where a
@@ -171,8 +152,7 @@ def cache_path(config, split, sources):
     about = [f"{config.network.image_shape} {DECODED} {PIL.__version__}"]
     for path in sources:
         status = path.stat() if path.exists() else None
-        about.append(f"{os.path.relpath(path, config.data_root)} "
-                     f"{status and (status.st_size, status.st_mtime_ns)}")
+        about.append(f"{path} {status and (status.st_size, status.st_mtime_ns)}")
     digest = hashlib.sha256("\n".join(about).encode(errors="surrogateescape")).hexdigest()
     return Path(config.cache_dir) / "data" / f"{config.dataset}-{split}-{digest[:16]}.npz"
 

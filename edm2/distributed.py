@@ -73,18 +73,16 @@ def all_reduce(tensor):
 
 def on_rank0(function, *args):
     """Return in all processes what a function returns in rank 0, or raise its UserError there."""
-    box = [None, None]
     try:
-        box[0] = function(*args) if rank() == 0 else None
+        found = [function(*args) if rank() == 0 else None]
     except UserError as e:
-        box[1] = e
+        found = [e]
     if world_size() > 1:
-        dist.broadcast_object_list(box)
-    value, error = box
-    if error:
-        error.said = rank() > 0
-        raise error
-    return value
+        dist.broadcast_object_list(found)
+    if isinstance(found[0], UserError):
+        found[0].said = rank() > 0
+        raise found[0]
+    return found[0]
 
 @contextlib.contextmanager
 def rank0_first():

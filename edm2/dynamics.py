@@ -30,8 +30,8 @@ class Recorder:
         self.every = default_every(total_steps) if every is None else every
         self.groups = block_groups(net, *images.shape[2:])
         self.blocks = {name: net.get_submodule(name) for name in self.groups if "." in name}
-        self.weights = {name.removesuffix(".weight"): p
-                        for name, p in net.named_parameters() if p.ndim > 1}
+        named = net.named_parameters()
+        self.weights = {n.removesuffix(".weight"): p for n, p in named if p.ndim > 1}
         g = torch.Generator().manual_seed(diffusion.derive_seed(0, N_IMAGES))
         device = net.stem.weight.device
         y = data.batch(images, torch.linspace(0, len(images) - 1, N_IMAGES).long(), device)
@@ -64,8 +64,7 @@ class Recorder:
         rms = {"activation": {name: next(numbers) for name in self.blocks}}
         for kind in ("weight", "gradient", "update"):
             rms[kind] = {name: next(numbers) / p.numel() ** 0.5 for name, p in self.weights.items()}
-        rms["update"] = {name: update / (rms["weight"][name] or math.nan)
-                         for name, update in rms["update"].items()}
+        rms["update"] = {n: x / (rms["weight"][n] or math.nan) for n, x in rms["update"].items()}
         record, tags = {"dataset": self.config.dataset, "net_type": self.config.net_type,
                         "Mimg": (step + 1) * self.config.batch_size / 1e6}, {}
         for kind, values in rms.items():
@@ -80,9 +79,8 @@ class Recorder:
     def activations(self):
         """The RMS of each block's output, a list of scalar tensors."""
         found = []
-        hooks = [block.register_forward_hook(
-            lambda block, inputs, x: found.append(x.float().square().mean().sqrt()))
-            for block in self.blocks.values()]
+        hooks = [block.register_forward_hook(lambda block, inputs, x: found.append(
+            x.float().square().mean().sqrt())) for block in self.blocks.values()]
         self.denoiser.eval()                # Here E and G leave the stored weights as they are.
         self.denoiser.denoise(self.noisy, self.sigma)       # Not compiled: only EDM.forward is.
         self.denoiser.train()

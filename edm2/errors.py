@@ -1,6 +1,5 @@
 """How a command ends: a user's error in one line and exit code 2, a signal in 128 + its number."""
 
-import contextlib
 import io
 import os
 import signal
@@ -27,8 +26,7 @@ class Stream(io.FileIO):
 
 def warn(message):
     """Say something in one line on stderr."""
-    several = os.environ.get("WORLD_SIZE", "1") != "1"
-    process = f" (process {os.environ.get('RANK', '?')})" * several
+    process = f" (process {os.environ.get('RANK')})" * (os.environ.get("WORLD_SIZE", "1") != "1")
     line = " ".join([f"{Path(sys.argv[0]).name}{process}:", *str(message).split()])
     sys.stderr.write(f"{line}\n")       # At once, or two processes write into each other's line.
 
@@ -36,17 +34,15 @@ def command(main):
     """Decorate a command's main(): its errors become one line and an exit code."""
     def run():
         code, message = 0, None
-        with contextlib.suppress(OSError):
-            while os.open(os.devnull, os.O_RDWR) < 3:       # What is closed: no file is to be it.
-                pass
+        while os.open(os.devnull, os.O_RDWR) < 3:           # Closed streams: no file is to be one.
+            pass
         for name, fd in (("stdout", 1), ("stderr", 2)):
             if (stream := getattr(sys, name)) is getattr(sys, f"__{name}__"):
                 file = io.BufferedWriter(Stream(fd, "w", closefd=False))
                 setattr(sys, name, io.TextIOWrapper(
                     file, stream and stream.encoding, errors="replace", line_buffering=True))
         # A thread that could not write (TensorBoard's) is heard of where its work is waited for.
-        threading.excepthook = lambda e: (
-            None if isinstance(e.exc_value, OSError) else threading.__excepthook__(e))
+        threading.excepthook = lambda e: isinstance(e[1], OSError) or threading.__excepthook__(e)
         try:
             main()
         except UserError as e:

@@ -11,8 +11,9 @@ import torch
 from torch import nn
 from torch.nn.functional import adaptive_avg_pool2d, interpolate
 from torch.nn.utils.fusion import fuse_conv_bn_eval
-from edm2 import data, distributed, files, image_files
+from edm2 import data, distributed, files
 from edm2.errors import UserError, warn
+from edm2.image_files import decode_all, decode_image, is_gray, some
 
 # {name: (address, SHA-256)}. Inception-v3 is the TF port of every published FID; of DINOv2's
 # weights none is published, so that which they were is recorded beside the score.
@@ -30,24 +31,21 @@ class ImageSet:
         self.name, self.items, self.shape = name, items[:limit], None
         if not len(self.items):
             raise UserError(f"{name}: there are no images")
-        self.channels = 1 if isinstance(items, list) and all(
-            map(image_files.is_gray, self.items)) else 3
-        self.first = next(image_files.decode_all(self.items, self.read))
+        self.channels = 1 if isinstance(items, list) and all(map(is_gray, self.items)) else 3
+        self.first = next(decode_all(self.items, self.read))
         self.shape = self.first.shape
 
     def read(self, item):
         """An image, (C,H,W) uint8. Raises UserError naming a damaged or differently sized file."""
-        image = (image_files.decode_image(item, self.channels) if isinstance(item, Path) else
-                 np.asarray(item))
+        image = decode_image(item, self.channels) if isinstance(item, Path) else np.asarray(item)
         if image.shape != (self.shape or image.shape):
-            raise UserError(f"{item} has channels, height and width {list(image.shape)}, but the "
-                            f"first image {list(self.shape)}")
+            raise UserError(f"{item} is {list(image.shape)}, the first image {list(self.shape)}")
         return image
 
     def batches(self, indices, size):
         """Yield up to `size` of the indices at a time and their images, (size,C,H,W) uint8: the
         last one fills the batch, as rounding depends on the size."""
-        images = image_files.decode_all([self.items[i] for i in indices], self.read)
+        images = decode_all([self.items[i] for i in indices], self.read)
         for start in range(0, len(indices), size):
             part = indices[start:start + size]
             found = list(islice(images, len(part)))
@@ -56,10 +54,10 @@ class ImageSet:
 def open_samples(folder, n):
     """The ImageSet of sample.py's images 0 to n-1 of a folder; what else lies there is named."""
     paths = [sample_path(folder, i) for i in range(n)]
-    strays = {path.name for path in paths[0].parent.iterdir()
-              if not re.fullmatch(r"\d{6,}\.png|\..*", path.name)}
+    names = {path.name for path in paths[0].parent.iterdir()}
+    strays = [name for name in names if not re.match(r"\d+\.png$|\.", name)]
     if strays and distributed.rank() == 0:
-        warn(f"{paths[0].parent}: {image_files.some(strays)} left out: not written by sample.py")
+        warn(f"{paths[0].parent}: {some(strays)} left out: not written by sample.py")
     return ImageSet(str(folder), paths)
 
 def sample_path(folder, i):

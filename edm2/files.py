@@ -45,22 +45,31 @@ def atomic(path):
         with contextlib.suppress(OSError):
             temporary.unlink()
 
-def write_npz(path, **arrays):
-    """Leave arrays in a cache; where that fails, say so and go on."""
+def write_cache(path, **arrays):
+    """Leave arrays in a cache, unless path is None; where that fails, say so and go on."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic(path) as temporary, open(temporary, "wb") as file:
-            np.savez(file, **arrays)
+        if path:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with atomic(path) as temporary, open(temporary, "wb") as file:
+                np.savez(file, **arrays)
     except (UserError, OSError) as e:
         warn(f"{path} is not kept for the next time: {e}")
+
+def read_cache(path, *names):
+    """What write_cache() left; None where there is nothing or, which it says, it does not serve."""
+    try:
+        if path and path.exists():
+            arrays = read_npz(path)
+            return {name: arrays[name] for name in names}
+    except (UserError, KeyError) as e:
+        warn(f"{path} does not serve ({e}): made anew")
 
 def read_npz(path):
     """The arrays of an .npz by name. Runs no code from it. UserError where it is not whole."""
     try:
-        with open(path, "rb") as file:
-            if file.read(6) == b"\x93NUMPY":
-                raise ValueError("it is an .npy, of one array: write it with numpy.savez")
-        with np.load(path, allow_pickle=False) as file:
+        if isinstance(file := np.load(path, allow_pickle=False), np.ndarray):
+            raise ValueError("it is an .npy, of one array: write it with numpy.savez")
+        with file:
             arrays = {name: file[name] for name in file.files}      # Its checksums are looked at.
         if others := [name for name, a in arrays.items() if not isinstance(a, np.ndarray)]:
             raise ValueError(f"{others[0]} in it is no array")

@@ -2,13 +2,12 @@
 
 import hashlib
 import json
-import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 import numpy as np
 import torch
 from edm2 import data, distributed, features, files, image_files
-from edm2.errors import UserError, warn
+from edm2.errors import UserError
 from edm2.features import ImageSet
 
 N_FID = 50_000      # Samples of an FID that can be compared with published ones.
@@ -68,18 +67,14 @@ def compute(images, extractor, batch_size=None, keep=False):
     kept = zip(("features", "logits"), map(distributed.all_reduce, kept), strict=False)
     return replace(moments.statistics(images.name), **{name: x.cpu() for name, x in kept})
 
-def read_statistics(name, arrays):
-    """Statistics of arrays mu (d,) and sigma (d,d). Raises UserError where they are none."""
+def read_statistics(name, arrays, n=None):
+    """Statistics of arrays mu (d,) and sigma (d,d), of n images. UserError: they are none."""
     mu, sigma = (np.asarray(arrays.get(key)) for key in ("mu", "sigma"))
     if not (mu.dtype.kind == sigma.dtype.kind == "f" and mu.ndim == 1 and len(mu)
             and sigma.shape == (len(mu), len(mu)) and np.isfinite(mu).all()
             and np.allclose(sigma, sigma.T)):       # NaN and Inf are not close either.
         raise UserError(f"{name}: mu {mu.dtype} {list(mu.shape)} and sigma {sigma.dtype} "
                         f"{list(sigma.shape)} are no finite mean and symmetric covariance (d,d)")
-    try:
-        n = int(json.loads(str(arrays["metadata"]))["n"])
-    except (KeyError, ValueError, TypeError, OverflowError):
-        n = None
     return Statistics(str(name), mu.astype(np.float64), sigma.astype(np.float64), n)
 
 def open_set(path, limit=None):
@@ -119,29 +114,25 @@ def distance(a, b):
         raise UserError(f"{a.name} has statistics of {len(a.mu)} dimensions, {b.name} of "
                         f"{len(b.mu)}: both must be of the same features of images of one shape")
     try:
-        found = frechet_distance(a.mu, a.sigma, b.mu, b.sigma)
+        return frechet_distance(a.mu, a.sigma, b.mu, b.sigma)
     except (UserError, np.linalg.LinAlgError) as e:
         raise UserError(f"{a.name} against {b.name}: {e}") from None
-    if not math.isfinite(found):
-        raise UserError(f"{a.name} against {b.name}: the distance is {found}")
-    return found
 
 def other_metrics(names, samples, reference, extractor):
     """{metric: value} of METRICS, by torch-fidelity, on the kept features of two Statistics."""
     if not names:
         return {}
     from torch_fidelity import metric_isc, metric_kid, metric_prc
-    found, pair, least = {}, (samples.features, reference.features), min(samples.n, reference.n)
+    found, pair, n = {}, (samples.features, reference.features), min(samples.n, reference.n)
     if "kid" in names:
-        kid = metric_kid.kid_features_to_metric(*pair, kid_subset_size=min(1000, least),
-                                                verbose=False)
+        kid = metric_kid.kid_features_to_metric(*pair, kid_subset_size=min(1000, n), verbose=False)
         found["KID"] = kid["kernel_inception_distance_mean"]
     if "is" in names:
         if samples.n < 10:
             raise UserError("the Inception score is the mean of 10 parts: it needs 10 images")
         found["IS"] = metric_isc.isc_features_to_metric(samples.logits)["inception_score_mean"]
     if "precision" in names or "recall" in names:
-        if least < 4:
+        if n < 4:
             raise UserError("precision and recall look at the 3rd neighbour: they need 4 images")
         both = metric_prc.prc_features_to_metric(*pair, save_cpu_ram=True, verbose=False)
         found |= {name: both[name] for name in ("precision", "recall") if name in names}
@@ -151,23 +142,15 @@ def reference(config, images, extractor, batch_size=None, keep=False):
     """The Statistics of a training set, images (N,C,H,W) uint8: those in cache_dir/fid, named by a
     hash of all that they are of; else, or to `keep` features, computed and left there."""
     about = {"dataset": config.dataset, "split": "train", "n": len(images),
-             "images_sha256": data.digest(images),
-             "features": extractor.name, "weights_sha256": extractor.sha256,
-             "version": extractor.version}
+             "images_sha256": data.digest(images), "features": extractor.name,
+             "weights_sha256": extractor.sha256, "version": extractor.version}
     name, digest = f"{config.dataset} train", hashlib.sha256(json.dumps(about).encode()).hexdigest()
     file = f"{config.dataset}-train-{extractor.name}-{digest[:16]}.npz"
     path = Path(config.cache_dir) / "fid" / file if config.cache_dir else None
-
-    def known():
-        if path and path.exists() and not keep:
-            try:
-                return read_statistics(name, files.read_npz(path))
-            except UserError as e:
-                warn(f"{e}; computing these statistics again")
-
-    if found := distributed.on_rank0(known):
-        return found
+    known = distributed.on_rank0(files.read_cache, path, "mu", "sigma", "metadata")
+    if known and not keep:
+        return read_statistics(name, known, len(images))
     stats = compute(ImageSet(name, images), extractor, batch_size, keep)
-    if path and distributed.rank() == 0 and not (keep and path.exists()):
-        files.write_npz(path, mu=stats.mu, sigma=stats.sigma, metadata=json.dumps(about))
+    if not known and distributed.rank() == 0:
+        files.write_cache(path, mu=stats.mu, sigma=stats.sigma, metadata=json.dumps(about))
     return stats

@@ -19,14 +19,13 @@ def find_images(folder, say=True):
     def fail(error):
         raise error
 
-    found, left_out, walked = [], [], set()
+    found, left_out, walked = [], [], {}
     for parent, folders, names in os.walk(folder, onerror=fail, followlinks=True):
         parent, real = Path(parent), os.path.realpath(parent)
-        if real in walked:
+        if walked.setdefault(real, parent) != parent:
             left_out.append(parent)
             folders.clear()
             continue
-        walked.add(real)
         left_out += [parent / name for name in folders if name.startswith(".")]
         folders[:] = sorted((name for name in folders if not name.startswith(".")),
                             key=lambda name: ((parent / name).is_symlink(), name))    # Links last.
@@ -37,8 +36,7 @@ def find_images(folder, say=True):
         warn(f"{folder}: {some(os.path.relpath(path, folder) for path in left_out)} left out: "
              f"hidden, no image ({' '.join(sorted(SUFFIXES))}) or seen already")
     if 0 < len(loose := [path.name for path in found if path.parent == Path(folder)]) < len(found):
-        raise UserError(f"{folder} holds images, {some(loose)}, beside folders of images: move the "
-                        f"ones or the others away")
+        raise UserError(f"{folder}: images, {some(loose)}, beside folders of images: move one away")
     return sorted(found)
 
 def some(names, most=3):
@@ -51,18 +49,13 @@ def decode_all(items, decode, remedy="replace or remove it"):
     """Yield decode(item) of each item, in order, by threads: Pillow decodes without the GIL. Raises
     UserError, in the end, with the number and the first of those that decode() raised."""
     failed = []
-
-    def attempt(item):
-        try:
-            return decode(item)
-        except UserError as e:
-            failed.append(e)
-
     with ThreadPoolExecutor(distributed.cores()) as pool:
         for start in range(0, len(items), CHUNK):
-            for image in pool.map(attempt, items[start:start + CHUNK]):
-                if not failed:
-                    yield image
+            for future in [pool.submit(decode, item) for item in items[start:start + CHUNK]]:
+                if isinstance(error := future.exception(), UserError):
+                    failed.append(error)
+                elif not failed:
+                    yield future.result()
     if failed:
         raise UserError(f"{some(failed)}: {remedy}")
 
@@ -76,17 +69,13 @@ def decode_image(path, channels, size=None):
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             elif image.mode in ("I", "F"):
                 raise ValueError("its pixels have 32 bits, where black and white are unknown")
-            return to_array(image, channels, size)
+            image = image.convert("L" if channels == 1 else "RGB")
+            if size:
+                image = ImageOps.fit(image, size[::-1], Image.Resampling.LANCZOS)
+            return np.asarray(image).reshape(*image.size[::-1], -1).transpose(2, 0, 1)
     except Exception as e:      # Pillow raises OSError, ValueError, SyntaxError and more.
         reason = getattr(e, "strerror", None) or e
         raise UserError(f"{path} is not a whole image ({reason})") from None
-
-def to_array(image, channels, size=None):
-    """A PIL image as (C,H,W) uint8, as decode_image() says."""
-    image = image.convert("L" if channels == 1 else "RGB")
-    if size:
-        image = ImageOps.fit(image, size[::-1], Image.Resampling.LANCZOS)
-    return np.asarray(image).reshape(*image.size[::-1], -1).transpose(2, 0, 1)
 
 def is_gray(path):
     """Whether an image file has no colours; what cannot be read has none."""
@@ -97,8 +86,7 @@ def is_gray(path):
         return True
 
 def images_in(path, arrays):
-    """The images of an .npz's arrays, (N,C,H,W) uint8, which lie there so or as (N,H,W,C).
-    UserError: there is not one such array."""
+    """The images (N,C,H,W) uint8 of an .npz with one such array, or (N,H,W,C). UserError: none."""
     found = [a for a in arrays.values() if a.dtype == np.uint8 and a.ndim == 4 and len(a)
              and {1, 3} & {a.shape[1], a.shape[3]}]
     if len(found) != 1:

@@ -85,8 +85,7 @@ class Probe:
                 values[draw, first:first + m] = found.to(place)
                 bar.update(m)
         if distributed.all_reduce((~values.sum().isfinite()).float().to(self.device)) > 0:
-            raise UserError("the block features are NaN or Inf: the network has diverged, or "
-                            "--amp_dtype bfloat16 is needed")
+            raise UserError("the features are NaN or Inf: diverged, or try --amp_dtype bfloat16")
         return BlockFeatures(n, values, labels[share].to(self.device), row)
 
     def pooled(self, x, sigma, blocks):
@@ -114,8 +113,7 @@ class Probe:
 
         def logits(x):                      # Of each layer, (B,classes).
             parts = x.to(self.device).split(widths, 1)
-            return [torch.addmm(bias, part, weight)
-                    for part, (weight, bias) in zip(parts, layers, strict=True)]
+            return [torch.addmm(b, part, w) for part, (w, b) in zip(parts, layers, strict=True)]
 
         for rows, draws, size in self.batches(train, steps):
             # Each process takes the images that it holds: their gradients' sum is the batch's.

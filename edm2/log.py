@@ -13,7 +13,7 @@ class Log:
     """metrics.jsonl and dynamics.jsonl in save_dir, and the same in TensorBoard; by rank 0 alone. A
     run that goes on after `step` drops what came later, and, to do it `again`, its evaluation."""
     def __init__(self, save_dir, step, again=False):
-        self.folder, self.board, self.said = Path(save_dir), None, set()
+        self.folder, self.board = Path(save_dir), None
         if rank() == 0:
             for path in self.folder.glob("[md]*.jsonl"):
                 with atomic(path) as temporary:
@@ -21,15 +21,13 @@ class Log:
             self.board = SummaryWriter(self.folder / "tensorboard", purge_step=step + 1)
 
     def write(self, step, values, name="metrics", scalars=None):
-        """Append values to a file, NaN and Inf, which it says once of each, as null; TensorBoard
-        gets `scalars`, or the same."""
+        """Append values to a file, NaN and Inf said and null; to TensorBoard `scalars` or all."""
         if self.board:
-            bad = {key for key, value in values.items()
+            bad = {key: None for key, value in values.items()
                    if isinstance(value, float) and not math.isfinite(value)}
-            if bad - self.said:
-                warn(f"step {step}: {', '.join(sorted(bad - self.said))} is NaN or Inf")
-                self.said |= bad
-            plain = {key: None if key in bad else value for key, value in values.items()}
+            if said := [key for key in bad if key != "grad_norm"]:         # These are counted.
+                warn(f"step {step}: {', '.join(said)} is NaN or Inf")
+            plain = values | bad
             try:
                 with open(self.folder / f"{name}.jsonl", "a") as file:
                     file.write(json.dumps({"step": step} | plain) + "\n")

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch.nn.functional import pad
 from edm2 import checkpoint, diffusion, distributed
-from edm2.errors import UserError, warn
+from edm2.errors import UserError
 
 WORST = 0.1     # Of a profile's error, relative in the L2 norm: above there is no reconstruction.
 
@@ -37,8 +37,7 @@ class Averages:
     def state(self):
         """What a checkpoint holds of them."""
         model, step = self.ema.ema_model, self.ema.step.item()
-        posthoc = self.posthoc and {
-            "updates": step, "gammas": [average.gamma for average in self.posthoc],
+        posthoc = self.posthoc and {"updates": step, "gammas": [one.gamma for one in self.posthoc],
             "parameters": [name for name, _ in model.named_parameters()],
             "averages": [average.ema_model.state_dict() for average in self.posthoc]}
         return {"ema": model.state_dict(), "ema_step": step, "posthoc": posthoc or {}}
@@ -60,14 +59,13 @@ class Averages:
 
 def snapshot(posthoc, step):
     """What is kept of state()["posthoc"] after a step: the parameters alone, in half precision."""
-    halves = [{name: weights[name].half() for name in posthoc["parameters"]}
-              for weights in posthoc["averages"]]
+    halves = [{n: w[n].half() for n in posthoc["parameters"]} for w in posthoc["averages"]]
     return posthoc | {"step": step, "averages": halves}
 
 def load_denoiser(config, epoch, weights="ema", sigma_rel=None, amp_dtype=None, trained_on=None):
     """The EDM of a checkpoint, on the CPU: with its "ema" or "model" weights, or a post-hoc EMA of
     length sigma_rel. trained_on: the number and SHA-256 of the images, to be compared. Raises
-    UserError as load_epoch, check_images, restore and reconstruct do, and for NaN or Inf."""
+    UserError as load_epoch, check_images, restore and reconstruct do."""
     state = checkpoint.load_epoch(config, epoch)
     if trained_on:
         checkpoint.check_images(checkpoint.path_of(config, epoch), state, *trained_on)
@@ -75,20 +73,12 @@ def load_denoiser(config, epoch, weights="ema", sigma_rel=None, amp_dtype=None, 
     found = (state["ema" if weights == "ema" else "network"] if sigma_rel is None else
              reconstruct(state, load_snapshots(config), sigma_rel))
     checkpoint.restore(denoiser.net, found)
-    if not all(weight.isfinite().all() for weight in found.values()):
-        raise UserError(f"{checkpoint.path_of(config, epoch)}: its weights are NaN or Inf, the run "
-                        f"has diverged: choose an earlier epoch")
     return denoiser.eval().requires_grad_(False)
 
 def load_snapshots(config):
-    """The snapshots of a run; damaged files are named and left out."""
-    kept = []
-    for path in sorted((Path(config.save_dir) / "ema").glob("*.pth")):
-        try:
-            kept.append(checkpoint.load(path, ("step", "updates", "gammas", "averages"), mmap=True))
-        except checkpoint.Damaged as e:
-            warn(f"{e}: left out")
-    return kept
+    """The snapshots of a run. Raises UserError for a damaged one."""
+    return [checkpoint.load(path, ("step", "updates", "gammas", "averages"), mmap=True)
+            for path in sorted((Path(config.save_dir) / "ema").glob("*.pth"))]
 
 def coefficients(times, gammas, time, gamma):
     """Coefficients (n,) float64, of sum 1, by which averages of length gammas (n,) at times (n,)
@@ -108,15 +98,12 @@ def reconstruct(saved, kept, sigma_rel):
     """The network's state dict with an average of length sigma_rel at the checkpoint `saved`, from
     the snapshots `kept` before it. Raises UserError where that length cannot be put together."""
     from ema_pytorch.post_hoc_ema import sigma_rel_to_gamma
-    own, parts = saved["posthoc"], []
-    if not own:
+    if not (own := saved["posthoc"]):
         raise UserError(f"{saved['config']['save_dir']} was trained without posthoc_ema.sigma_rels")
-    for part in kept:
-        if any(part[key] != own[key] for key in ("gammas", "parameters")):
-            warn(f"the snapshot of step {part['step']} is of another run: left out")
-        elif part["step"] < saved["step"]:
-            parts.append(part)
-    parts.append(own)
+    parts = [*(part for part in kept if part["step"] < saved["step"]), own]
+    if strange := [part for part in parts if any(
+            part[key] != own[key] for key in ("gammas", "parameters"))]:
+        raise UserError(f"the snapshot of step {strange[0]['step']} is of another run: remove it")
     times = [part["updates"] + 1 for part in parts for _ in own["gammas"]]
     gammas, gamma = own["gammas"] * len(parts), sigma_rel_to_gamma(sigma_rel)
     x, error = coefficients(times, gammas, times[-1], gamma)

@@ -86,8 +86,8 @@ def read(run, standard=STANDARD):
         line["key"] = str([*(line.get(key) for key in (
             "timestep", "passes", "linear", "images_sha256", "weights_sha256")), *(
             line[key] for key in ("figure", "epoch", "n", "features", "seeds", "sampling"))])
-        line["dataset"] = str(line["dataset"]), line.get("images_sha256")
-        line["net_type"] = str(line["net_type"])
+        name, line["net_type"] = str(line["dataset"]), str(line["net_type"])
+        line["dataset"] = NAMES.get(name, name), line.get("images_sha256")
         if not all(math.isfinite(line[name]) for name in ("value", "Mimg", "epoch", "n")):
             raise ValueError
 
@@ -144,7 +144,7 @@ def table(results, metrics):
     text = ["| | " + " | ".join(f"{metric} {net}" for metric, net in columns) + " |",
             "|---" * (len(columns) + 1) + "|"]
     for ((name, _), _), runs in rows.items():
-        cells = [NAMES.get(name, name) + f" ({', '.join(runs.values())})" * (names.count(name) > 1)]
+        cells = [name + f" ({', '.join(runs.values())})" * (names.count(name) > 1)]
         for metric, net in columns:
             found, remark = curve(results.get(runs.get(net), []), metric)
             best = (min if is_distance(metric) else max)(
@@ -156,8 +156,7 @@ def table(results, metrics):
 def by_images(results, metrics):
     """{metric: {label: [(Mimg, value)]}}, a curve per run."""
     last = {run: lines[-1] for run, lines in results.items()}
-    names = {run: f"{NAMES.get(line['dataset'][0], line['dataset'][0])} {line['net_type']}"
-             for run, line in last.items()}
+    names = {run: f"{line['dataset'][0]} {line['net_type']}" for run, line in last.items()}
     panels = {metric: {} for metric in metrics}
     for metric, (run, lines) in ((m, item) for m in metrics for item in results.items()):
         best, remark = curve(lines, metric)

@@ -119,11 +119,11 @@ def test_folder_with_train_and_val(tmp_path):
     for shape in ([3, 8, 8], [1, 8, 8]):
         images, labels = data.load(config("folder", tmp_path, shape))
         assert images.shape == (4, *shape) and labels.tolist() == [0, 0, 1, 1]
-    says(f"{tmp_path} … .npz val or test", data.load, config("folder", tmp_path), False)
+    says(f"{tmp_path} … val.npz or test", data.load, config("folder", tmp_path), False)
     (make_folder(tmp_path / "val") / "c0" / "a.png").unlink()
     assert data.load(config("folder", tmp_path), train=False)[1].tolist() == [0, 1, 1]
     (tmp_path / "val" / "c0").rename(tmp_path / "val" / "z")        # Its rank is another label.
-    says(f"{tmp_path}/val … differ in class 2 (c0, z)", data.load, config("folder", tmp_path), 0)
+    says(f"class 2 (c0, z) … {tmp_path}/val", data.load, config("folder", tmp_path), 0)
     images, labels = data.load(config("folder", tmp_path / "val" / "z"))     # Without classes.
     assert images.shape == (1, 3, 16, 16) and labels.tolist() == [-1]
 
@@ -182,7 +182,7 @@ def test_damaged_tinyimagenet(tmp_path, monkeypatch, part, change, words):
     says(f"{words} … {remedy}", data.load, given, train)
 
 @pytest.mark.parametrize(("part", "change", "words"), [
-    ("c1", "clear", "class c1"), ("c2", Path.mkdir, "class c2"), ("", None, "is no folder"),
+    ("c1", "clear", "no images"), ("c2", Path.mkdir, "no images"), ("", None, "there is no train"),
     ("c0/a.png", b"text", "replace or remove it"), ("c0/a.png", b"", "replace or remove it"),
     ("c0/a.png", cut, "replace or remove it"), ("c0/e.tif", lambda p: picture(p, 0, "F"), "32 b"),
     ("c0/a.png", lambda path: Image.new("1", (20000, 10000)).save(path), "exceeds limit"),
@@ -339,7 +339,7 @@ def test_a_damaged_kept_data_set_is_decoded_anew(kept, tmp_path, capsys, change)
         damage(path, change)
     loaded(kept[0], first, 2)
     (line,) = capsys.readouterr().err.splitlines()
-    assert str(path) in line and "decoding the data set again" in line
+    assert str(path) in line and "made anew" in line
     loaded(kept[0], first, 2)
     assert not (tmp_path / "it ran").exists()
 

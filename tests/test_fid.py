@@ -173,7 +173,7 @@ def test_scores_a_run(sampled, tmp_path):
     first = run(*args)
     assert "n = 30 and n = 1,437" in first.stderr and "1/n" in first.stderr, first.stderr
     cache, = tmp_path.glob("fid/digits-train-pixels-*.npz")
-    arrays, written, again = dict(np.load(cache)), cache.stat().st_mtime_ns, "computing these"
+    arrays, written, again = dict(np.load(cache)), cache.stat().st_mtime_ns, "made anew"
     about = json.loads(str(arrays["metadata"]))
     assert hashlib.sha256(str(arrays["metadata"]).encode()).hexdigest()[:16] in cache.name
     assert (about["n"], about["split"], about["features"]) == (1437, "train", "pixels")

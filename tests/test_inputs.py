@@ -13,6 +13,7 @@ from conftest import ROOT, launch, metrics, refused, results, run, succeed, tiny
 from PIL import Image
 from torch import nn
 from torchvision.transforms.functional import normalize
+import fid
 from edm2 import data, diffusion, evaluation, features, frechet, image_files, log
 from edm2.config import load_config
 from edm2.errors import UserError
@@ -50,13 +51,13 @@ def change(path, **values):
 # 1. NaN looks like a picture.
 
 def test_a_network_that_diverged_makes_no_pictures_and_no_scores(copied):
-    (flags, folder), words = copied, ["model_3.pth", "NaN", "earlier epoch"]
+    (flags, folder), words = copied, ["NaN or Inf", "diverged"]
     ema = torch.load(folder / "ckpts" / "model_3.pth", weights_only=True)["ema"]
     ema["stem.weight"][0] = math.nan
     change(folder / "ckpts" / "model_3.pth", ema=ema)
     refused("sample.py", *flags, "--n_samples", 4, words=words)
     refused("probe.py", *flags, words=words)
-    assert not list(folder.rglob("0*.png")) or not (folder / "samples").exists()
+    assert not list(folder.glob("samples/*/images/*"))
 
 @pytest.fixture
 def diverged(tmp_path):
@@ -85,14 +86,14 @@ def test_an_evaluation_of_what_is_not_finite_says_so(diverged, capsys):
     written = log.Log(config.save_dir, 0)
     for step in (1, 2):
         written.write(step, {"heldout_loss": found["heldout_loss"], "MFU": None, "loss": 1.0})
-    assert capsys.readouterr().err.count("step 1: heldout_loss is NaN or Inf") == 1
+    assert "step 1: heldout_loss is NaN or Inf\n" in capsys.readouterr().err
     assert [line["heldout_loss"] for line in metrics(config.save_dir)] == [None, None]
 
 def test_distances_are_finite_and_not_negative():
     a = frechet.Statistics("a", np.zeros(2), np.eye(2) * 1e308, 9)
     b = frechet.Statistics("b", np.full(2, 1e200), np.eye(2), 9)
-    with np.errstate(all="ignore"), pytest.raises(UserError, match="a against b"):
-        frechet.distance(a, b)
+    with np.errstate(all="ignore"), pytest.raises(UserError, match="a: Fréchet distance is"):
+        fid.score(a, b, None, [])
     x = pixels(0, 50, 20) / 255
     assert frechet.frechet_distance(x.mean(0), np.cov(x.T), x.mean(0), np.cov(x.T)) >= 0
 
@@ -148,7 +149,7 @@ def test_what_is_found_in_a_folder_is_said(tmp_path, capsys):
     pictures(tmp_path / "set", 1)
     for args in (("train.py", *flags), ("fid.py", tmp_path / "set", tmp_path / "set", *PIXELS)):
         done = run(*args)
-        assert done.returncode == 2 and "holds images, 000.png, beside" in done.stderr
+        assert done.returncode == 2 and "images, 000.png, beside" in done.stderr
     refused("train.py", *own(tmp_path, tmp_path / "set" / "b" / "notes.txt"), words=["notes.txt"])
 
 def test_images_that_cannot_be_taken_are_counted_and_named(tmp_path):
@@ -182,7 +183,7 @@ def test_a_run_inside_its_data_is_refused(tmp_path):
     root = pictures(tmp_path / "set" / "a", 8).parent
     for key, elsewhere in (("save_dir", {}), ("cache_dir", {"save_dir": str(tmp_path / "run")})):
         flags = own(tmp_path, root, **{key: str(root / "b")} | elsewhere)
-        refused("train.py", *flags, words=[f"{key} {root / 'b'} lies in {root}"])
+        refused("train.py", *flags, words=[f"{key} {root / 'b'} lies in data {root}"])
 
 def test_a_score_is_of_the_data_that_was_trained_on(tmp_path):
     """Another picture of the same size, as many: refused by all; rows of two sets stay apart."""
@@ -197,7 +198,7 @@ def test_a_score_is_of_the_data_that_was_trained_on(tmp_path):
     refused("fid.py", *flags, *other, *PIXELS, words=words)
     refused("train.py", *flags, *other, "--set", "n_epoch=3", words=words)
     block = "linear.blockname=out_1"
-    refused("probe.py", *flags, *other, "--set", block, words=["no folder or .npz val"])
+    refused("probe.py", *flags, *other, "--set", block, words=["there is no val or val.npz"])
     out = succeed("results.py", tmp_path, "--out", tmp_path / "results.png")
     rows = [line for line in out.splitlines() if line.startswith("| folder (")]
     assert len(rows) == 2 and "a.d/run" in rows[0] and "b.d/run" in rows[1] and "UNetC" in out
@@ -221,27 +222,28 @@ def test_five_images_train_and_go_on(tmp_path):
 
 @pytest.mark.parametrize(("labels", "words"), [
     (None, "8 training images, no classes"), (np.arange(8) % 3, "8 training images, 3 classes"),
-    (np.arange(7), "labels int64 [7] are not"), (np.eye(8), "labels float64 [8, 8] are not"),
-    (np.arange(8) - 1, "labels int64 [8] are not")])
+    (np.arange(7), "labels int64 [7] are no classes"),
+    (np.eye(8), "labels float64 [8, 8] are no classes"),
+    (np.arange(8) - 1, "labels int64 [8] are no classes")])
 def test_an_npz_trains(tmp_path, labels, words):
     path, images = tmp_path / "train.npz", pixels(0, 8, 8, 8, 3)
     np.savez(path, arr_0=images, **{} if labels is None else {"labels": labels})
     flags = own(tmp_path, tmp_path)
-    if "are not" in words:
+    if "are no" in words:
         return refused("train.py", *flags, words=[path, words])
     found, kept = data.load(load_config(flags[1]))
     assert np.array_equal(found, images.transpose(0, 3, 1, 2))
     assert kept.tolist() == ([-1] * 8 if labels is None else labels.tolist())
-    small, _ = data.load(load_config(own(tmp_path, path, network={"image_shape": [1, 4, 4]})[1]))
-    assert small.shape == (8, 1, 4, 4)
     assert words in succeed("train.py", *flags)
+    refused("train.py", *own(tmp_path, path, network={"image_shape": [1, 8, 8]}),
+            words=[path, "[3, 8, 8]", "network.image_shape [1, 8, 8]"])
 
 def test_sigma_data_is_compared_with_the_pixels(tmp_path):
     args = ["train.py", *own(tmp_path, pictures(tmp_path / "set", 8)), "--max_steps", 1]
     right, wrong = run(*args), run(*args, "--set", "diffusion.sigma_data=0.85")
     assert "RMS of the pixels 0.583, sigma_data 0.58\n" in right.stdout
     assert "the RMS" not in right.stderr
-    assert "sigma_data is 0.85, but the RMS of the pixels is 0.58" in wrong.stderr
+    assert "RMS of the pixels 0.583, sigma_data 0.85: set" in wrong.stderr
 
 def test_the_config_that_is_there_to_copy():
     config = load_config(ROOT / "config" / "folder" / "G.yaml")
@@ -251,6 +253,7 @@ def test_the_config_that_is_there_to_copy():
 
 # 7, 8. What comes from below; streams.
 
+@pytest.mark.slow
 def test_no_compiler_is_one_line(tmp_path):
     done = launch("train.py", "--config", tiny_config(tmp_path), "--compile", "--max_steps", 1)
     done["env"] |= {"CXX": "/no/c++", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor")}
@@ -259,22 +262,21 @@ def test_no_compiler_is_one_line(tmp_path):
     assert done.stderr.splitlines()[-1].startswith("train.py: error: torch.compile: ")
     assert "--no-compile" in done.stderr
 
-@pytest.mark.parametrize("streams", [">&- 2>&-", "2>&-", ">/dev/full 2>/dev/full", "| true"])
+@pytest.mark.parametrize("streams", [">&- 2>&-", ">/dev/full 2>/dev/full"])
 def test_a_command_that_cannot_say_anything_does_its_work(tmp_path, streams):
     command = launch("train.py", "--config", tiny_config(tmp_path, n_epoch=1))
-    done = subprocess.run(["bash", "-o", "pipefail", "-c", f'"$@" {streams}', "bash",
-                           *command["args"]], env=command["env"], capture_output=True, timeout=300)
+    done = subprocess.run(["bash", "-c", f'"$@" {streams}', "bash", *command["args"]],
+                          env=command["env"], capture_output=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "run" / "ckpts" / "model_0.pth").exists()
     assert len(metrics(tmp_path / "run")) == 2
-    done = subprocess.run(["bash", "-c", f'"$@" {streams}; exit $?', "bash", sys.executable,
-                           ROOT / "fid.py", "no.npz", "a"], capture_output=True, timeout=300)
-    assert done.returncode == (0 if "|" in streams else 2)
 
 def test_help_in_ascii():
-    done = subprocess.run([sys.executable, ROOT / "fid.py", "--help"], capture_output=True,
-                          env=os.environ | {"PYTHONIOENCODING": "ascii"}, timeout=300)
-    assert done.returncode == 0 and b"Fr?chet" in done.stdout and done.stderr == b""
+    """And a mistake that cannot be shown keeps its exit code."""
+    command = f"{sys.executable} {ROOT}/fid.py"
+    done = subprocess.run(["bash", "-c", f"{command} --help && {command} no.npz a 2>&-"],
+                          env=os.environ | {"PYTHONIOENCODING": "ascii"}, capture_output=True)
+    assert done.returncode == 2 and b"Fr?chet" in done.stdout and done.stderr == b""
 
 # 9. Values of --set that YAML reads as something else.
 
