@@ -58,7 +58,7 @@ class GroupNorm(nn.Module):
         super().__init__()
         self.groups = min(groups, channels // 4)
         if self.groups == 0 or channels % self.groups:
-            raise ValueError(f"{channels} channels: group norm needs multiples of 32, below 128 of 4")
+            raise ValueError(f"{channels} channels: group norm needs multiples of 32 (<128: of 4)")
 
     def forward(self, x):
         return normalize(x.unflatten(1, (self.groups, -1)), dim=(2, 3, 4)).flatten(1, 2)
