@@ -57,7 +57,7 @@ def decode_all(items, decode, remedy="replace or remove it"):
                 elif not failed:
                     yield future.result()
     if failed:
-        raise UserError(f"{some(failed)}: {remedy}")
+        raise UserError(f"of {len(items):,} images {some(failed)}: {remedy}")
 
 def decode_image(path, channels, size=None):
     """Decode an image file to (C,H,W) uint8, upright as its EXIF says, C 1 (gray) or 3 (RGB); with
