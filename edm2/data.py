@@ -115,7 +115,8 @@ def find_folder(config, train):
     classes = {path.name for path in trained.glob("[!.]*/") if trained.is_dir() and (
         path.name in names or not (train and path.is_symlink()))}
     if names and (strange := classes ^ set(names)):
-        raise UserError(f"class {image_files.some(strange)}: no images in {where} or {trained}")
+        folders = " or ".join(sorted({str(where), str(trained)}))
+        raise UserError(f"class {image_files.some(strange)}: no images in {folders}")
     rank = {name: i for i, name in enumerate(sorted(classes))}
     labels = [rank[name] for name in names] or [-1] * len(paths)
     return where, paths, lambda shape: (decode(paths, shape), labels)
