@@ -64,10 +64,10 @@ def load(path, keys=("network", "ema", "optimizer", "step", "config"), mmap=Fals
     except (OSError, MemoryError) as e:
         raise UserError(f"cannot read {path}: {getattr(e, 'strerror', None) or e}") from None
     except Exception as e:          # zipfile and torch raise whatever a damage leads them to.
-        raise Damaged(f"{path} is damaged: {str(e).partition(chr(10))[0]}") from None
+        raise Damaged(f"{path} is damaged or foreign: {str(e).partition(chr(10))[0]}") from None
     if not isinstance(state, dict) or not set(keys) <= state.keys():
         held = ", ".join(map(str, state)) if isinstance(state, dict) else type(state).__name__
-        raise Damaged(f"{path} is not a checkpoint of this project: it holds {held[:200]}")
+        raise UserError(f"{path} is not a checkpoint of this project: it holds {held[:200]}")
     return state
 
 def load_epoch(config, epoch):

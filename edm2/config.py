@@ -150,15 +150,15 @@ def load_config(path, overrides=()):
     if not isinstance(values, dict):
         raise UserError(f"config {path} must hold keys and values")
     for assignment in overrides:
-        name, equals, text = assignment.partition("=")
+        name, equals, text = map(str.strip, assignment.partition("="))
         if not equals:
             raise UserError(f"--set {name}: say --set KEY=VALUE")
-        (*parents, last), target = name.strip().split("."), values
+        (*parents, last), target = name.split("."), values
         for parent in parents:
             below = target.get(parent)
             target[parent] = target = below if isinstance(below, dict) else {}
-        is_text = name.strip() in TEXTS and text.strip().strip("'\"") == text.strip() != "null"
-        target[last] = text.strip() if is_text else parse_yaml(text, f"--set {name}")
+        is_yaml = text[:1] + text[-1:] in ("''", '""') or text.lower() in ("null", "~")
+        target[last] = parse_yaml(text, f"--set {name}") if is_yaml or name not in TEXTS else text
     for name, field in Config.model_fields.items():     # A section may be there and empty.
         if values.get(name, name) is None and isinstance(field.default, Section):
             del values[name]

@@ -98,7 +98,7 @@ def find_folder(config, train):
     def place(*names):
         if found := [path for name in names if (path := root / name).exists()]:
             return found[0]
-        raise UserError(f"data_root {root}: there is no {' or '.join(filter(None, names))} there")
+        raise UserError(f"data_root {root} is missing, or {' or '.join(filter(None, names))} in it")
 
     root = Path(config.data_root)
     trained = place("train", "train.npz", "")
@@ -109,14 +109,16 @@ def find_folder(config, train):
         if Path(getattr(config, key) or "/").resolve().is_relative_to(where.resolve()):
             raise UserError(f"{key} {getattr(config, key)} lies in data {where}: choose another")
     if not (paths := image_files.find_images(where)):
-        raise UserError(f"{where} holds no images: {' '.join(sorted(image_files.SUFFIXES))}")
+        raise UserError(f"{where} holds no images ({' '.join(sorted(image_files.SUFFIXES))})")
     names = [path.relative_to(where).parts[0] for path in paths if path.parent != where]
+    if where == root and (other := {"val", "test"} & set(names)):
+        raise UserError(f"{where}: {image_files.some(other)} beside classes, which belong in train")
     # All of the training's folders, but for links to what was walked already.
     classes = {path.name for path in trained.glob("[!.]*/") if trained.is_dir() and (
         path.name in names or not (train and path.is_symlink()))}
     if names and (strange := classes ^ set(names)):
-        folders = " or ".join(sorted({str(where), str(trained)}))
-        raise UserError(f"class {image_files.some(strange)}: no images in {folders}")
+        folders = " or in ".join(sorted({str(where), str(trained)}))
+        raise UserError(f"class {image_files.some(strange)} has no images in {folders}")
     rank = {name: i for i, name in enumerate(sorted(classes))}
     labels = [rank[name] for name in names] or [-1] * len(paths)
     return where, paths, lambda shape: (decode(paths, shape), labels)

@@ -72,11 +72,11 @@ def read_npz(path):
         with file:
             arrays = {name: file[name] for name in file.files}      # Its checksums are looked at.
         if others := [name for name, a in arrays.items() if not isinstance(a, np.ndarray)]:
-            raise ValueError(f"{others[0]} in it is no array")
+            raise ValueError(f"{others[0]} in it is no array: unpack it")
         return arrays
     except Exception as e:      # numpy and zipfile raise what a damage leads them to.
-        reason = getattr(e, "strerror", None) or ("" if "pickle" in str(e) else e)
-        raise UserError(f"{path} is not a whole .npz file: {reason}") from None
+        reason = getattr(e, "strerror", None) or ("no arrays" if "pickle" in str(e) else e)
+        raise UserError(f"{path} is no folder and not a whole .npz file: {reason}") from None
 
 def remove_temporaries(folder):
     """Remove what killed processes left in a folder and just below; deeper, sample.py may work."""

@@ -80,8 +80,9 @@ def read_statistics(name, arrays, n=None):
 def open_set(path, limit=None):
     """The ImageSet of a folder, sample.py's too, or an .npz; or the Statistics that it holds."""
     if Path(path).is_dir():
-        if isinstance(made := features.read_settings(path).get("n_samples"), int):
-            return features.open_samples(path, min(made, limit or made))
+        folder = Path(path).parent if Path(path).name == "images" else path     # Of sample.py?
+        if (made := features.read_settings(folder).get("n_samples")) and isinstance(made, int):
+            return features.open_samples(folder, min(made, limit or made))
         return ImageSet(str(path), image_files.find_images(path), limit)
     if {"mu", "sigma"} <= set(arrays := files.read_npz(path)):
         return read_statistics(path, arrays)
@@ -112,7 +113,7 @@ def distance(a, b):
     """frechet_distance of two Statistics. Raises UserError where their dimensions differ."""
     if a.mu.shape != b.mu.shape:
         raise UserError(f"{a.name} has statistics of {len(a.mu)} dimensions, {b.name} of "
-                        f"{len(b.mu)}: both must be of the same features of images of one shape")
+                        f"{len(b.mu)}: both must be of the same features, shape and colours")
     try:
         return frechet_distance(a.mu, a.sigma, b.mu, b.sigma)
     except (UserError, np.linalg.LinAlgError) as e:

@@ -119,7 +119,7 @@ def test_folder_with_train_and_val(tmp_path):
     for shape in ([3, 8, 8], [1, 8, 8]):
         images, labels = data.load(config("folder", tmp_path, shape))
         assert images.shape == (4, *shape) and labels.tolist() == [0, 0, 1, 1]
-    says(f"{tmp_path} … val.npz or test", data.load, config("folder", tmp_path), False)
+    says("is missing, or val or val.npz", data.load, config("folder", tmp_path), False)
     (make_folder(tmp_path / "val") / "c0" / "a.png").unlink()
     assert data.load(config("folder", tmp_path), train=False)[1].tolist() == [0, 1, 1]
     (tmp_path / "val" / "c0").rename(tmp_path / "val" / "z")        # Its rank is another label.
@@ -182,7 +182,7 @@ def test_damaged_tinyimagenet(tmp_path, monkeypatch, part, change, words):
     says(f"{words} … {remedy}", data.load, given, train)
 
 @pytest.mark.parametrize(("part", "change", "words"), [
-    ("c1", "clear", "no images"), ("c2", Path.mkdir, "no images"), ("", None, "there is no train"),
+    ("c1", "clear", "no images"), ("c2", Path.mkdir, "no images"), ("", None, "is missing"),
     ("c0/a.png", b"text", "replace or remove it"), ("c0/a.png", b"", "replace or remove it"),
     ("c0/a.png", cut, "replace or remove it"), ("c0/e.tif", lambda p: picture(p, 0, "F"), "32 b"),
     ("c0/a.png", lambda path: Image.new("1", (20000, 10000)).save(path), "exceeds limit"),

@@ -151,6 +151,8 @@ def test_what_is_found_in_a_folder_is_said(tmp_path, capsys):
         done = run(*args)
         assert done.returncode == 2 and "images, 000.png, beside" in done.stderr
     refused("train.py", *own(tmp_path, tmp_path / "set" / "b" / "notes.txt"), words=["notes.txt"])
+    pictures(pictures(tmp_path / "all" / "cat", 2).parent / "val", 2)
+    refused("train.py", *own(tmp_path, tmp_path / "all"), words=["val beside classes", "in train"])
 
 def test_images_that_cannot_be_taken_are_counted_and_named(tmp_path):
     folder = pictures(tmp_path / "set", 6)
@@ -175,9 +177,9 @@ def test_a_stray_picture_among_the_samples_is_not_scored(copied):
     done = run(*args)
     assert done.stdout.splitlines()[-1] == before and "n = 20)" in before
     assert f"{images}: zz_copy.png left out: not written by sample.py" in done.stderr
-    a, b = (run("fid.py", folder / "samples" / "3", other, *PIXELS).stdout.split()[1]
-            for other in (images.parent, images.parent))
-    assert a == b == "0:" and [line["n"] for line in results(folder)] == [20, 20]
+    for other in (images, images.parent):               # images/ by itself is the same.
+        assert "FD(pixels) 0: " in run("fid.py", images, other, *PIXELS).stdout
+    assert [line["n"] for line in results(folder)] == [20, 20]
 
 def test_a_run_inside_its_data_is_refused(tmp_path):
     root = pictures(tmp_path / "set" / "a", 8).parent
@@ -198,7 +200,7 @@ def test_a_score_is_of_the_data_that_was_trained_on(tmp_path):
     refused("fid.py", *flags, *other, *PIXELS, words=words)
     refused("train.py", *flags, *other, "--set", "n_epoch=3", words=words)
     block = "linear.blockname=out_1"
-    refused("probe.py", *flags, *other, "--set", block, words=["there is no val or val.npz"])
+    refused("probe.py", *flags, *other, "--set", block, words=["is missing, or val or val.npz"])
     out = succeed("results.py", tmp_path, "--out", tmp_path / "results.png")
     rows = [line for line in out.splitlines() if line.startswith("| folder (")]
     assert len(rows) == 2 and "a.d/run" in rows[0] and "b.d/run" in rows[1] and "UNetC" in out
@@ -283,7 +285,8 @@ def test_help_in_ascii():
 @pytest.mark.parametrize(("assignment", "expected"), [
     ("save_dir=runs/try #2", "runs/try #2"), ("save_dir=2024-01-02", "2024-01-02"),
     ("save_dir=007", "007"), ("save_dir=runs: a", "runs: a"), ("save_dir='a b'", "a b"),
-    ("data_root=yes", "yes"), ("cache_dir=null", None), ("cache_dir= c ", "c"), ("seed=7", 7),
+    ("data_root=yes", "yes"), ("save_dir=runs/x #2'", "runs/x #2'"), ("cache_dir=Null", None),
+    ("cache_dir=null", None), ("cache_dir= c ", "c"), ("seed=7", 7),
     ("linear.blockname=1e5", "1e5"), ("lrate=2e-2", 0.02), ("tref_epoch=null", None)])
 def test_a_text_is_taken_as_it_stands(tmp_path, assignment, expected):
     config = load_config(tiny_config(tmp_path, linear={"blockname": "out_1"}), [assignment])
