@@ -13,7 +13,7 @@ import conftest
 import numpy as np
 import pytest
 import torch
-from conftest import DATA, ROOT, needs_cifar10, results, run, succeed
+from conftest import DATA, ROOT, needs_cifar10, results, run, succeed, tiny_config
 from PIL import Image
 from torch.nn.functional import avg_pool2d
 from torch.utils.data import Subset
@@ -206,14 +206,17 @@ def test_scores_a_run(sampled, tmp_path):
 @pytest.mark.parametrize("name", ["pixels", pytest.param("inception", marks=pytest.mark.slow)])
 def test_two_processes_and_any_two_sets(sampled, inception_weights, tmp_path, name):
     """Statistics agree to 1e-8; a folder, an .npz of images and one of statistics compare."""
-    (flags, save_dir), how = sampled, PIXELS
-    if name == "inception":                 # Of random weights; of 12 images of noise.
+    (flags, save_dir), how, epoch = sampled, PIXELS, "3"
+    if name == "inception":                 # Of random weights; of a run on 12 images of noise.
         how = ("--weights", inception_weights[0], "--weights_sha256", inception_weights[1],
                "--n_samples", 12, "--batch_gpu", 4)
-        flags = (*flags, "--set", "dataset=folder", "--set", f"data_root={tmp_path}")
-        (tmp_path / "train" / "noise").mkdir(parents=True)
-        for i, image in enumerate(np.random.default_rng(0).integers(0, 256, (12, 8, 8), np.uint8)):
-            Image.fromarray(image).save(tmp_path / "train" / "noise" / f"{i}.png")
+        noise = np.random.default_rng(0).integers(0, 256, (12, 8, 8, 1), np.uint8)
+        np.savez(tmp_path / "train.npz", noise)
+        flags = ("--config", tiny_config(tmp_path, dataset="folder", data_root=str(tmp_path),
+                                         batch_size=12, n_epoch=1))
+        save_dir, epoch = tmp_path / "run", "0"
+        succeed("train.py", *flags)
+        succeed("sample.py", *flags, "--n_samples", 12, "--npz")
     for processes in (None, 2):
         cache = f"cache_dir={tmp_path / str(processes)}"
         succeed("fid.py", *flags, *how, "--set", cache, processes=processes)
@@ -224,7 +227,7 @@ def test_two_processes_and_any_two_sets(sampled, inception_weights, tmp_path, na
     one, two = results(save_dir)[-2:]
     assert (one["processes"], two["processes"]) == (1, 2)
     assert two["value"] == pytest.approx(one["value"], rel=1e-8)
-    folder = save_dir / "samples" / "3"
+    folder = save_dir / "samples" / epoch
     images, npz = folder / "images", folder / "samples.npz"
     every = name == "pixels"                # The same code: once is enough for slow features.
     for a, b in ((images, reference), (npz, reference), (reference, folder))[:3 if every else 1]:

@@ -264,7 +264,8 @@ def test_no_compiler_is_one_line(tmp_path):
     assert done.stderr.splitlines()[-1].startswith("train.py: error: torch.compile: ")
     assert "--no-compile" in done.stderr
 
-@pytest.mark.parametrize("streams", [">&- 2>&-", ">/dev/full 2>/dev/full"])
+@pytest.mark.parametrize("streams", [
+    ">&- 2>&-", pytest.param(">/dev/full 2>/dev/full", marks=pytest.mark.slow)])
 def test_a_command_that_cannot_say_anything_does_its_work(tmp_path, streams):
     command = launch("train.py", "--config", tiny_config(tmp_path, n_epoch=1))
     done = subprocess.run(["bash", "-c", f'"$@" {streams}', "bash", *command["args"]],

@@ -49,6 +49,7 @@ def check_third_length(saved, kept, wanted):
     assert error < 0.01 and 5 * error < min(tracked)
     return found
 
+@pytest.mark.slow
 def test_100000_updates(tmp_path):
     """A tiny network, 100,000 updates, 64 snapshots in half precision: no counter overflows."""
     torch.manual_seed(0)

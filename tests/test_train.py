@@ -130,7 +130,7 @@ def test_going_on_gives_the_same_run(trained, tmp_path):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("net_type", diffusion.NETWORKS)
 def test_mixed_precision_trains(tmp_path, net_type, dtype):
-    path = tiny_config(tmp_path, net_type, batch_size=70, warm_epoch=0, log_every=3,
+    path = tiny_config(tmp_path, net_type, batch_size=20, warm_epoch=0, log_every=3,
                        save_minutes=1e-9)
     out = succeed("train.py", "--config", path, "--use_amp", "--amp_dtype", dtype, "--max_steps", 6)
     assert "stopped after step 6" in out and "--max_steps" in out
