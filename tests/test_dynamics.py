@@ -72,6 +72,7 @@ def test_what_is_not_finite_is_left_open(tmp_path):
                 .register_hook(lambda grad: torch.full_like(grad, math.nan)))
     assert flat(records(tmp_path / "run")[0]["gradient"])["stem"] is None
 
+@pytest.mark.slow
 def test_a_run_records_and_goes_on(tmp_path):
     """What comes after the checkpoint that a run goes on from is dropped; two processes
     record what one does; TensorBoard has it in groups. By default there are 200, 25 steps apart."""

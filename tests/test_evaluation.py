@@ -37,6 +37,7 @@ def test_the_held_out_loss_is_the_loss(trained, monkeypatch):
     assert evaluation.held_out_loss(denoiser, images, 7) == pytest.approx(both, rel=1e-5)
     assert both[KEY] != pytest.approx(one[KEY], rel=1e-5)
 
+@pytest.mark.slow
 def test_a_schedule_and_what_it_gives(tmp_path):
     """Held-out loss, FD and probe at the epochs of eval_every and at the last: those of fid.py and
     probe.py; the same after a resume, which does nothing twice, and, to 1e-5, in two processes."""

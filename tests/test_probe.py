@@ -128,6 +128,7 @@ def test_digits_are_told_apart_at_least_as_well_as_from_raw_pixels(tmp_path):
         x_test.flatten(1) / 255, y_test)
     assert results(tmp_path)[-1]["value"] >= 100 * pixels > 85
 
+@pytest.mark.slow
 def test_process_count_and_grid_change_nothing(probed):
     """To 0.1 points; another seed does."""
     flags, save_dir, values = (*probed[0], "--set", "linear.lrate=3e-2"), probed[1], []
