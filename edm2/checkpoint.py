@@ -13,7 +13,7 @@ from edm2.files import atomic
 NETWORK = "net_type", "network", "diffusion.sigma_data"     # Keys of which a checkpoint is.
 
 class Damaged(UserError):
-    """A file is not what was written, or not a checkpoint of this project."""
+    """A file is not what was written."""
 
 def path_of(config, epoch):
     """The file that epoch `epoch` leaves behind."""
@@ -53,7 +53,7 @@ def save(path, state):
 
 def load(path, keys=("network", "ema", "optimizer", "step", "config"), mmap=False):
     """Read what save() wrote, to the CPU; runs no code from it. Raises Damaged for a changed file
-    (torch.load ignores the zip's checksums), code, or missing `keys`; UserError: unreadable."""
+    (torch.load ignores the zip's checksums) or code; UserError: unreadable, or without `keys`."""
     try:
         with zipfile.ZipFile(path) as file:
             if part := file.testzip():
@@ -94,7 +94,7 @@ def step_of(path):
 
 def newest(config):
     """The path of the newest whole checkpoint, None without any; damaged ones are named. Raises
-    UserError where there are only damaged ones, or one cannot be read: it may be whole."""
+    UserError where there are only damaged ones, or one is foreign or cannot be read."""
     for path in (paths := existing(config)):
         try:
             load(path)
