@@ -11,7 +11,7 @@ import re
 import shlex
 import statistics
 import time
-from edm2 import checkpoint, data, distributed, features, files, flags, frechet, results
+from edm2 import checkpoint, data, distributed, features, files, flags, frechet, guidance, results
 from edm2.config import Count, load_config
 from edm2.errors import UserError, command, warn
 from edm2.image_files import some
@@ -29,13 +29,15 @@ def main():
     add("--weights", metavar="FILE", help="weights of the features (default: torch's hub cache)")
     add("--weights_sha256", metavar="HEX", help="of other weights, whose score is not called FID")
     add("--metrics", type=lambda s: s.split(","), default=[], help=",".join(frechet.METRICS))
+    guidance.add_flags(p)
     args = p.parse_args()
-    which = args.epoch or args.repeat > 1 or args.sigma_rel
+    which = args.epoch or args.repeat > 1 or args.sigma_rel or guidance.words(args)
     for wrong, message in (
             (len(args.paths) != (0 if args.config else 2), "say --config YAML, or two sets A B"),
             (set(args.metrics) - set(frechet.METRICS), f"--metrics {args.metrics}: not known"),
             ("is" in args.metrics and args.features != "inception", "is: of --features inception"),
-            (args.images and which, "--images says which: no --epoch, --repeat, --sigma_rel"),
+            (args.images and which, "--images says which: no --epoch, --repeat, --sigma_rel, "
+                                    "--guidance, --guide"),
             ((args.weights or args.weights_sha256) and args.features == "pixels",
              "--weights: not of --features pixels"),
             (args.paths and (args.set or args.images or which), "what is of a run needs --config")):
@@ -83,7 +85,7 @@ def score_epoch(config, args, epoch, folders, reference, extractor):
     """Score a checkpoint's samples against the training set; append the scores to results.jsonl."""
     start, scores, lines = time.perf_counter(), [], []
     for folder, made in folders.items():
-        samples = features.open_samples(folder, made["n"])
+        samples = features.open_samples(folder, range(made["n"]))
         samples = frechet.compute(samples, extractor, args.batch_gpu, bool(args.metrics))
         scores.append(score(samples, reference, extractor, args.metrics, f"epoch {epoch}, "))
     if distributed.rank() == 0:
@@ -94,6 +96,7 @@ def score_epoch(config, args, epoch, folders, reference, extractor):
             "epoch": epoch, "features": extractor.name, "weights_sha256": extractor.sha256,
             "features_version": extractor.version, "seconds": time.perf_counter() - start}
         length = f" sigma_rel={made['sigma_rel']:g}" if made.get("sigma_rel") else ""
+        length += guidance.variant(made)
         for name in scores[0]:
             values = [found[name] for found in scores]
             best = (max if re.match("IS|precision|recall", name) else min)(values)
@@ -111,8 +114,9 @@ def find_sets(config, args, trained_on):
         asked = [features.read_settings(args.images).get("epoch")]
     for epoch in dict.fromkeys(checkpoint.find(config, epoch) for epoch in asked or [None]):
         path, n = checkpoint.path_of(config, epoch), args.n_samples
+        guided, _ = guidance.find(args, config, epoch)
         for seed in range(args.repeat):
-            variant = f"_seed{seed}" if seed else ""
+            variant = (f"_seed{seed}" if seed else "") + guidance.variant(guided)
             folder = args.images or features.samples_folder(config, epoch, variant, args.sigma_rel)
             settings = features.read_settings(folder)
             if args.epoch == "all" and seed == 0 and not settings:
@@ -121,6 +125,7 @@ def find_sets(config, args, trained_on):
             n = n or min(settings.get("n_samples", frechet.N_FID), frechet.N_FID)   # Of all seeds.
             words = ["--config", args.config, "--epoch", epoch, "--seed", seed, "--n_samples", n]
             words += ["--sigma_rel", args.sigma_rel] if args.sigma_rel else []
+            words += guidance.words(args)
             words += ["--out", args.images] if args.images else []
             words += [word for item in args.set for word in ("--set", item)]
             make = f"make them with: python sample.py {shlex.join(map(str, words))}"

@@ -8,7 +8,7 @@ Accuracies go to save_dir/results.jsonl; a grid is also drawn, as save_dir/probe
 import time
 import numpy as np
 from edm2 import checkpoint, data, diffusion, distributed, files, flags, linear_probe, results
-from edm2.config import Count, Index, load_config
+from edm2.config import Count, Index, Timestep, load_config
 from edm2.errors import command
 from edm2.posthoc_ema import load_denoiser
 
@@ -18,7 +18,8 @@ def main():
     add, flag = p.add_argument, flags.flag
     add("--epoch", type=flags.epochs, help="such as 500,1000, or all (default: the newest)")
     add("--grid", action="store_true", help="every pair of --timesteps (1-10) and --blocks (all)")
-    add("--timesteps", type=flags.timesteps, help="of 1-18, such as 3-5 (default: linear.timestep)")
+    add("--timesteps", type=flags.ranges(Timestep),
+        help="of 1-18, such as 3-5 (default: linear.timestep)")
     add("--blocks", help="decoder blocks: out_5,out_6, or all (default: linear.blockname)")
     add("--passes", type=flag(Count), default=5, help="draws of noise and flips (default: 5)")
     add("--seed", type=flag(Index), default=0, help="of noise, flips, order, layers")

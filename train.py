@@ -47,29 +47,30 @@ def main():
                                                            args.batch_gpu)
     with contextlib.ExitStack() as stack:
         distributed.on_rank0(lambda: stack.enter_context(files.locked(config.save_dir)))
-        images = images.to(data.placement(images.nbytes, device))
-        train(config, args, images, device, evaluator, signals)
+        images, labels = images.to(data.placement(images.nbytes, device)), labels.to(device)
+        train(config, args, images, labels, evaluator, signals)
 
-def train(config, args, images, device, evaluator, signals):
-    """Train to n_epoch on images (N,C,H,W) uint8, from the newest checkpoint in save_dir on."""
-    run = Run(config, args, device, images)
+def train(config, args, images, labels, evaluator, signals):
+    """Train to n_epoch on images (N,C,H,W) uint8 with labels (N,) on the device, from the newest
+    checkpoint in save_dir on."""
+    run = Run(config, args, labels.device, images)
     if run.resume(args.fresh):
         return distributed.print0(f"{config.save_dir} is trained already: raise n_epoch to go on")
     log = Log(config.save_dir, run.step, is_due(config.eval_every, run))
     bar = distributed.progress(run.total_steps, "step", run.step)
-    recorder = dynamics.Recorder(run.denoiser, images, config, run.total_steps)
-    speed = diffusion.Throughput(config, device, run.denoiser.amp_dtype, run.step)
+    recorder = dynamics.Recorder(run.denoiser, images, labels, config, run.total_steps)
+    speed = diffusion.Throughput(config, labels.device, run.denoiser.amp_dtype, run.step)
     for step in range(run.step, run.total_steps + 1):
         # At an epoch's end: sample grid, evaluation and, last, the checkpoint.
         if step % run.steps_per_epoch == 0 and 0 < step < args.max_steps:
-            end_epoch(run, images, evaluator, log, signals)
+            end_epoch(run, images, labels, evaluator, log, signals)
             speed.restart(step)
         if step >= min(run.total_steps, args.max_steps):
             return run.finish()
 
-        # Data order, noise levels, noise and flips: functions of seed and step.
+        # Images, noise levels, noise, labels, augmentation: functions of seed and step.
         signals.defer(True)
-        passes = data.draw(config, step, images, device, run.batch_gpu)
+        passes = data.draw(config, step, images, labels, run.batch_gpu)
         torch.manual_seed(diffusion.derive_seed(config.seed, step, DROPOUT, distributed.rank()))
 
         # Learning rate (EDM2 Eq. 67).
@@ -78,10 +79,9 @@ def train(config, args, images, device, evaluator, signals):
 
         # Gradient of the loss, summed over the pixels and averaged over the total batch.
         run.denoiser.train()
-        for i, (index, level, noise, flip) in enumerate(passes, 1):
-            y = data.batch(images, index, device, flip)
+        for i, (y, level, noise, label, augment) in enumerate(passes, 1):
             run.model.require_backward_grad_sync = i == len(passes)
-            loss, unweighted = run.model(y, level, noise)
+            loss, unweighted = run.model(y, level, noise, label, augment)
             run.scaler.scale(loss.sum() * (y[0].numel() / run.batch_process)).backward()
             run.loss_sum += torch.stack([loss.detach().sum(), unweighted.detach().sum()])
 
@@ -123,7 +123,7 @@ def is_due(every, run):
     last = run.step == run.total_steps
     return bool(every) and run.step > 0 and not rest and ((epoch - 1) % every == 0 or last)
 
-def end_epoch(run, images, evaluator, log, signals):
+def end_epoch(run, images, labels, evaluator, log, signals):
     """What is due, the checkpoint last: a run that goes on does all of it again, the same."""
     config, epoch = run.config, run.step // run.steps_per_epoch - 1
     save_due, eval_due = (is_due(every, run) for every in (config.save_every, config.eval_every))
@@ -131,7 +131,7 @@ def end_epoch(run, images, evaluator, log, signals):
         run.save(checkpoint.latest_paths(config)[0])
         signals.defer(False)
     if save_due:
-        grid = evaluation.sample_grid(run.averages.denoiser, images, config, epoch)
+        grid = evaluation.sample_grid(run.averages.denoiser, images, labels, config, epoch)
         log.image(run.step, "samples above real images", grid)
     if eval_due:
         seen = {"epoch": epoch, "Mimg": run.step * config.batch_size / 1e6}

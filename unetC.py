@@ -2,6 +2,7 @@
 
 Every hunk of `diff unetC.py unetE.py` and `diff unetE.py unetG.py` is one change of the paper."""
 
+import math
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -17,6 +18,8 @@ class UNetC(nn.Module):
         attn_channels_per_head = None,          # Width of an attention head; None: one head.
         dropout = 0.1,                          # Dropout probability in every block.
         n_blocks = 3,                           # Blocks per level; the encoder's last downsamples.
+        label_dim = 0,                          # Number of classes; 0: unconditional.
+        augment_dim = 0,                        # Numbers that tell of an augmentation; 0: none.
     ):
         super().__init__()
         emb_channels = 4 * n_channels
@@ -30,6 +33,8 @@ class UNetC(nn.Module):
         self.fourier = Fourier(n_channels)
         self.emb0 = Linear(n_channels, emb_channels)
         self.emb1 = Linear(emb_channels, emb_channels)
+        self.emb_label = Linear(label_dim, emb_channels) if label_dim else None
+        self.emb_augment = Linear(augment_dim, emb_channels) if augment_dim else None
 
         # Encoder: every output, the stem's too, is a skip.
         self.stem = Conv2d(image_shape[0] + 1, n_channels, 3)
@@ -60,12 +65,18 @@ class UNetC(nn.Module):
         self.out_norm = GroupNorm(channels, groups=8)
         self.out_conv = Conv2d(channels, image_shape[0], 3)
 
-    def forward(self, x, c_noise, return_features=False):
-        """F (B,C,H,W); with return_features also each decoder block's output, {"out_1": ..., ...};
-        with a block's name there, the decoder ends with it and F is None."""
+    def forward(self, x, c_noise, label=None, augment=None, return_features=False):
+        """F (B,C,H,W), given label (B,label_dim), one-hot or zeros, and augment (B,9) or None; with
+        return_features also each decoder block's output, {"out_1": ..., ...}; with a block's name
+        there, the decoder ends with it and F is None."""
         # Noise embedding.
         emb = F.silu(self.emb0(self.fourier(c_noise)))
-        emb = F.silu(self.emb1(emb))
+        emb = self.emb1(emb)
+        if self.emb_label is not None:
+            emb = emb + self.emb_label(label * math.sqrt(label.shape[1]))
+        if augment is not None:
+            emb = emb + self.emb_augment(augment)
+        emb = F.silu(emb)
 
         # Encoder. The channel of ones stands in for the biases.
         x = self.stem(torch.cat([x, torch.ones_like(x[:, :1])], dim=1))

@@ -2,9 +2,10 @@
 
 Every hunk of `diff unetC.py unetE.py` and `diff unetE.py unetG.py` is one change of the paper."""
 
+import math
 import torch
 from torch import nn
-from blockG import Block, Conv2d, Fourier, Linear, mp_cat, mp_silu
+from blockG import Block, Conv2d, Fourier, Linear, mp_cat, mp_silu, mp_sum
 
 class UNetG(nn.Module):
     """F(x; c_noise), (B,C,H,W) and (B,) to (B,C,H,W). ValueError: widths that do not divide."""
@@ -16,6 +17,8 @@ class UNetG(nn.Module):
         attn_channels_per_head = None,          # Width of an attention head; None: one head.
         dropout = 0.1,                          # Dropout probability in every block.
         n_blocks = 3,                           # Blocks per level; the encoder's last downsamples.
+        label_dim = 0,                          # Number of classes; 0: unconditional.
+        augment_dim = 0,                        # Numbers that tell of an augmentation; 0: none.
     ):
         super().__init__()
         emb_channels = 4 * n_channels
@@ -28,6 +31,9 @@ class UNetG(nn.Module):
         # Noise embedding: one layer (Fig. 21).
         self.fourier = Fourier(n_channels)
         self.emb0 = Linear(n_channels, emb_channels)
+        self.emb_label = Linear(label_dim, emb_channels) if label_dim else None
+        self.emb_augment = Linear(augment_dim, emb_channels) if augment_dim else None
+        self.augment_gain = nn.Parameter(torch.zeros([])) if augment_dim else None
 
         # Encoder: every output, the stem's too, is a skip.
         self.stem = Conv2d(image_shape[0] + 1, n_channels, 3)
@@ -60,11 +66,17 @@ class UNetG(nn.Module):
         self.out_conv = Conv2d(channels, image_shape[0], 3)
         self.out_gain = nn.Parameter(torch.zeros([]))   # Learned, from 0 (Config G, Fig. 21)
 
-    def forward(self, x, c_noise, return_features=False):
-        """F (B,C,H,W); with return_features also each decoder block's output, {"out_1": ..., ...};
-        with a block's name there, the decoder ends with it and F is None."""
+    def forward(self, x, c_noise, label=None, augment=None, return_features=False):
+        """F (B,C,H,W), given label (B,label_dim), one-hot or zeros, and augment (B,9) or None; with
+        return_features also each decoder block's output, {"out_1": ..., ...}; with a block's name
+        there, the decoder ends with it and F is None."""
         # Noise embedding.
-        emb = mp_silu(self.emb0(self.fourier(c_noise)))
+        emb = self.emb0(self.fourier(c_noise))
+        if self.emb_label is not None:
+            emb = mp_sum(emb, self.emb_label(label * math.sqrt(label.shape[1])), t=0.5)  # Eq. 88
+        if augment is not None:
+            emb = emb + self.augment_gain * self.emb_augment(augment)
+        emb = mp_silu(emb)
 
         # Encoder. The channel of ones stands in for the biases.
         x = self.stem(torch.cat([x, torch.ones_like(x[:, :1])], dim=1))

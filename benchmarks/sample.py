@@ -63,12 +63,12 @@ def denoiser(config, amp_dtype):
 def fast(config, args, folder):
     """What sample.py does with a network that is loaded."""
     model = diffusion.deploy(denoiser(config, args.amp_dtype), distributed.init())
-    settings = SimpleNamespace(n_samples=args.n, seed=0, steps=args.steps, eta=0.0,
-                               clip_denoised=False, batch_gpu=None)
+    settings = SimpleNamespace(n_samples=args.n, seed=0, batch_gpu=None)
+    sampling = diffusion.Sampling(args.steps)
 
     def run():
         make_anew(folder)
-        sample.write_images(model, range(args.n), settings, folder)
+        sample.write_images(model, range(args.n), settings, sampling, folder)
     return run
 
 def plain(config, args, folder):
@@ -81,7 +81,7 @@ def plain(config, args, folder):
         make_anew(folder)
         for start in range(0, args.n, size):
             indices = range(start, min(start + size, args.n))
-            images = diffusion.generate(model, indices, 0, args.steps).cpu()
+            images = diffusion.generate(model, indices, 0, diffusion.Sampling(args.steps)).cpu()
             for i, image in zip(indices, images, strict=True):
                 Image.fromarray(image.permute(1, 2, 0).squeeze(-1).numpy()).save(
                     folder / "images" / f"{i:06d}.png")

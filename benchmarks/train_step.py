@@ -286,13 +286,12 @@ class KarrasUnet(torch.nn.Module):
                         attn_dim_head=network.attn_channels_per_head, fourier_dim=dim,
                         dropout=network.dropout, attn_flash=True)
 
-    def forward(self, x, c_noise, return_features=False):
+    def forward(self, x, c_noise, label=None, augment=None, return_features=False):
         return self.net(x, c_noise)
 
 def peer_denoiser(config, amp_dtype):
     """Our preconditioning and loss around the peer's network."""
-    return diffusion.EDM(KarrasUnet(config.network), diffusion.build(config).uncertainty,
-                         config.diffusion, config.network.image_shape,
+    return diffusion.EDM(KarrasUnet(config.network), diffusion.build(config).uncertainty, config,
                          amp_dtype and getattr(torch, amp_dtype))
 
 def peer_cost(config):

@@ -10,7 +10,8 @@ import torch
 from edm2.errors import UserError, warn
 from edm2.files import atomic
 
-NETWORK = "net_type", "network", "diffusion.sigma_data"     # Keys of which a checkpoint is.
+# Keys of which a checkpoint is.
+NETWORK = "net_type", "network", "diffusion.sigma_data", "label_dropout", "augment"
 
 class Damaged(UserError):
     """A file is not what was written."""
@@ -133,8 +134,9 @@ def check_same(config, saved, keys):
     here, there = ({f"{key}.{name}".rstrip("."): value for key, section in values.items()
                     for name, value in (section if isinstance(section, dict) else {"": section})
                     .items()} for values in (config.model_dump(), saved))
-    differences = [f"{k} {there.get(k)!r} there, {here.get(k)!r} here" for k in here | there
-                   if k.startswith(tuple(keys)) and here.get(k) != there.get(k)]
+    # What an older version did not know, such as labels, was 0.
+    differences = [f"{k} {there.get(k, 0)!r} there, {here.get(k)!r} here" for k in here | there
+                   if k.startswith(tuple(keys)) and here.get(k) != there.get(k, 0)]
     if differences:
         raise UserError(f"{config.save_dir} holds a run of another config "
                         f"({'; '.join(differences)}): use its config, or another save_dir")

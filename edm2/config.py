@@ -31,6 +31,7 @@ Whole = Annotated[int, BeforeValidator(to_number), Field(le=2**53)]
 Count, Index = Annotated[Whole, Field(ge=1, le=10**9)], Annotated[Whole, Field(ge=0)]
 Width = Annotated[Count, Field(le=8192)]                # Channels, or pixels of a side.
 Timestep = Annotated[Count, Field(le=18)]               # Of the sampler's 18, from the clean end.
+Label = Annotated[Index, Field(le=100_000)]             # A class, or how many there are.
 Levels = Field(min_length=1, max_length=8)              # A list with an item per level.
 Folder = Annotated[str, Field(min_length=1, max_length=1000), AfterValidator(os.path.expanduser)]
 Alias = BeforeValidator(lambda s: {"cifar": "cifar10", "tiny": "tinyimagenet"}.get(str(s), s))
@@ -47,6 +48,7 @@ class Network(Section):
     attn_channels_per_head: Width | None = None
     dropout: Fraction = 0.1
     n_blocks: Annotated[Count, Field(le=16)] = 3
+    label_dim: Label = 0                # Number of classes; 0: unconditional.
 
 class Diffusion(Section):
     """Preconditioning, loss and sampler (EDM Table 1)."""
@@ -95,9 +97,13 @@ class Config(Section):
     cache_dir: Folder | None = "./cache"        # Decoded data, FID statistics; null: keep none.
     classes: Count | None = None                # That the data must have; null: any.
     flip: bool = False                          # Flip half of the training images left to right.
+    augment: Unit = 0.0                         # Probability of each augmentation (flips with it).
     model_type: Literal["EDM"] = "EDM"
     net_type: Literal[tuple(NETWORKS)]
     network: Network = Network()
+    # Probability that a training image loses its label; default: 0.1, without label_dim 0.
+    label_dropout: Unit = Field(
+        default_factory=lambda known: 0.1 if known["network"].label_dim else 0.0)
     diffusion: Diffusion = Diffusion()
     # Training.
     n_epoch: Count

@@ -9,10 +9,10 @@ import numpy as np
 import PIL
 import torch
 from filelock import FileLock
-from edm2 import diffusion, distributed, files, image_files
-from edm2.errors import UserError
+from edm2 import augmentation, diffusion, distributed, files, image_files
+from edm2.errors import UserError, warn
 
-DECODED = 3     # Version of the code that decodes: with another one, what was kept is decoded anew.
+DECODED = 4     # Version of the code that decodes: with another one, what was kept is decoded anew.
 NOISE = 1       # What a step's seed is for.
 TINY_URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
 TINY_MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
@@ -21,19 +21,26 @@ TINY_SIZES = {True: 100_000, False: 10_000}     # Of the training and the test s
 def load(config, train=True):
     """The training or test set of a config, downloaded if missing and left decoded in cache_dir:
     images (N,C,H,W) uint8 and labels (N,) int64, -1 where there are none, on the CPU. Says what
-    was found. Raises UserError: missing, damaged, not whole, or not of config.classes."""
+    was found. Raises UserError: missing, damaged, not whole, or not of the config's classes."""
     shape, split = config.network.image_shape, "training" if train else "test"
     where, sources, read = SETS[config.dataset][0](config, train)
-    kept = cache_path(config, split, sources)
-    if not (arrays := files.read_cache(kept, "images", "labels")):
+    path = cache_path(config, split, sources)
+    if not (arrays := read_kept(path)):
         images, labels = read(shape)
-        arrays = {"images": np.ascontiguousarray(images), "labels": np.array(labels, np.int64)}
-        files.write_cache(kept, **arrays)
-    images, labels = (torch.from_numpy(array) for array in arrays.values())
+        arrays = np.ascontiguousarray(images), np.array(labels, np.int64)
+        if path:
+            files.write_cache(path.with_suffix(".npy"), arr=arrays[0])
+            files.write_cache(path, labels=arrays[1], sha256=digest(torch.from_numpy(arrays[0])))
+        arrays = read_kept(path) or arrays
+    images, labels = map(torch.from_numpy, arrays)
     n_classes = int(labels.max()) + 1
     distributed.print0(f"{len(images):,} {split} images, {n_classes or 'no'} classes, from {where}")
-    if train and config.classes not in (None, n_classes):
-        raise UserError(f"classes is {config.classes}, but {where} has {n_classes}")
+    label_dim = config.network.label_dim
+    for key, wanted in (("classes", config.classes), ("network.label_dim", label_dim or None)):
+        if train and wanted not in (None, n_classes):
+            raise UserError(f"{key} is {wanted}, but {where} has {n_classes or 'no'} classes")
+    if label_dim and not 0 <= labels.min() <= labels.max() < label_dim:
+        raise UserError(f"{where} has other labels than the {label_dim} of network.label_dim")
     return images, labels
 
 def find_digits(config, train):
@@ -149,7 +156,8 @@ def decode(paths, shape, remedy="replace or remove it"):
     return images
 
 def cache_path(config, split, sources):
-    """The decoded set's .npz, by a hash of its files, shape and decoder; None: it is not kept."""
+    """The decoded set's .npz, with its images in an .npy beside it, by a hash of its files, shape
+    and decoder; None: it is not kept."""
     if not sources or not config.cache_dir:
         return None
     about = [f"{config.network.image_shape} {DECODED} {PIL.__version__}"]
@@ -158,6 +166,18 @@ def cache_path(config, split, sources):
         about.append(f"{path} {status and (status.st_size, status.st_mtime_ns)}")
     digest = hashlib.sha256("\n".join(about).encode(errors="surrogateescape")).hexdigest()
     return Path(config.cache_dir) / "data" / f"{config.dataset}-{split}-{digest[:16]}.npz"
+
+def read_kept(path):
+    """What load() kept, None where there is nothing whole: images (N,C,H,W) uint8, mapped from the
+    file, so that a machine's processes share them, and labels (N,)."""
+    if found := files.read_cache(path, "labels", "sha256"):
+        try:
+            images = np.load(path.with_suffix(".npy"), mmap_mode="c")
+            if digest(torch.from_numpy(images)) == found["sha256"]:
+                return images, found["labels"]
+            raise ValueError("it was changed")
+        except (OSError, EOFError, ValueError, TypeError) as e:
+            warn(f"{path.with_suffix('.npy')} does not serve ({e}): made anew")
 
 def digest(images):
     """The SHA-256 of images (N,C,H,W) uint8: what a run was trained on, what a score is of."""
@@ -194,18 +214,30 @@ def epoch_order(n, seed, epoch):
     """The order of n images in an epoch, (n,) int64: a function of (seed, epoch) alone."""
     return torch.from_numpy(np.random.default_rng((seed, epoch)).permutation(n))
 
-def draw(config, step, images, device, batch_gpu):
-    """Image numbers, noise levels and noise ~ N(0,1) and flips of a step's total batch, B images;
-    of them this process's part, as a list of passes of batch_gpu images."""
-    B, (epoch, i) = config.batch_size, divmod(step, len(images) // config.batch_size)
+def draw(config, step, images, labels, batch_gpu):
+    """This process's part of a step's total batch of images (N,C,H,W) uint8 and labels (N,), as a
+    list of passes of batch_gpu images on the labels' device: images (B,C,H,W) in [-1,1], flipped
+    or augmented, noise levels (B,) and noise ~ N(0,1), labels (B,), -1 where they are dropped, and
+    what the network is told of the augmentation, (B,9), or None."""
+    device, B = labels.device, config.batch_size
+    epoch, i = divmod(step, len(images) // B)
     index = epoch_order(len(images), config.seed, epoch)[i * B:(i + 1) * B]
     g = torch.Generator(device).manual_seed(diffusion.derive_seed(config.seed, step, NOISE))
     level = torch.randn(B, generator=g, device=device)
     noise = torch.randn(B, *images.shape[1:], generator=g, device=device)
     flip = torch.rand(B, generator=g, device=device) < (0.5 if config.flip else 0)
-    mine = [drawn.chunk(distributed.world_size())[distributed.rank()].split(batch_gpu)
-            for drawn in (index, level, noise, flip)]
-    return list(zip(*mine, strict=True))
+    dropped = torch.rand(B, generator=g, device=device) < config.label_dropout
+    done = augmentation.draw(B, config.augment, g) if config.augment else torch.zeros(B, 0)
+    index, level, noise, flip, dropped, done = (
+        drawn.chunk(distributed.world_size())[distributed.rank()]
+        for drawn in (index, level, noise, flip, dropped, done))
+    y = batch(images, index, device, None if config.augment else flip)
+    y = augmentation.transform(y, done) if config.augment else y
+    labels = torch.where(dropped, -1, labels[index.to(device)])
+    passes = [part.split(batch_gpu) for part in (y, level, noise, labels)]
+    passes.append(augmentation.numbers(done).split(batch_gpu) if config.augment else
+                  [None] * len(passes[0]))
+    return list(zip(*passes, strict=True))
 
 def batch(images, index, device, flip=None):
     """Images number `index` (B,) of a data set (N,C,H,W) uint8, as (B,C,H,W) float32 in [-1,1] on

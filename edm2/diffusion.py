@@ -6,6 +6,7 @@ import math
 import re
 import time
 from contextlib import nullcontext
+from dataclasses import dataclass
 from itertools import pairwise
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from torch import nn
 import blockC
 import blockE
 import blockG
+from edm2 import augmentation
 from edm2.distributed import print0, world_size
 from edm2.errors import UserError
 from unetC import UNetC
@@ -25,15 +27,18 @@ NETWORKS = {"UNetC": (UNetC, blockC), "UNetE": (UNetE, blockE), "UNetG": (UNetG,
 class EDM(nn.Module):
     """Denoiser D(x; sigma) and its training loss around a raw network F(x; c_noise).
     net: F, (B,C,H,W) and c_noise (B,) to (B,C,H,W). uncertainty: u, c_noise (B,) to (B,1), for the
-    loss alone. diffusion: a config's section. image_shape: (C,H,W). amp_dtype: of F; None: fp32."""
-    def __init__(self, net, uncertainty, diffusion, image_shape, amp_dtype=None):
+    loss alone. config: of it the image_shape (C,H,W), label_dim and diffusion. amp_dtype: of F;
+    None: fp32. Labels are classes (B,) int64, -1 or None for none; without label_dim ignored."""
+    def __init__(self, net, uncertainty, config, amp_dtype=None):
         super().__init__()
-        self.net, self.uncertainty = net, uncertainty
-        self.diffusion, self.image_shape, self.amp_dtype = diffusion, tuple(image_shape), amp_dtype
+        self.net, self.uncertainty, self.amp_dtype = net, uncertainty, amp_dtype
+        self.diffusion, self.label_dim = config.diffusion, config.network.label_dim
+        self.image_shape = tuple(config.network.image_shape)
 
-    def denoise(self, x, sigma, return_features=False):
-        """D(x; sigma) in fp32 (EDM Eq. 7), x (B,C,H,W), sigma (B,); with return_features also the
-        decoder blocks' {"out_1": (B,C',H',W'), ...}; after a block's name, the last, D is None."""
+    def denoise(self, x, sigma, labels=None, augment=None, return_features=False):
+        """D(x; sigma) in fp32 (EDM Eq. 7), x (B,C,H,W), sigma (B,), augment (B,9) or None; with
+        return_features also the decoder blocks' {"out_1": (B,C',H',W'), ...}; after a block's name,
+        the last, D is None."""
         x, sigma = x.float(), sigma.float()
         s, s_d = sigma[:, None, None, None], self.diffusion.sigma_data
         c_skip = s_d ** 2 / (s ** 2 + s_d ** 2)
@@ -41,16 +46,23 @@ class EDM(nn.Module):
         c_in = 1 / (s ** 2 + s_d ** 2).sqrt()
         c_noise = sigma.log() / 4
         with torch.autocast(x.device.type, self.amp_dtype) if self.amp_dtype else nullcontext():
-            F_x = self.net(c_in * x, c_noise, return_features=return_features)
+            F_x = self.net(c_in * x, c_noise, self.one_hot(labels, x), augment, return_features)
         F_x, features = F_x if return_features else (F_x, None)
         D_x = None if F_x is None else c_skip * x + c_out * F_x.float()
         return (D_x, features) if return_features else D_x
 
-    def forward(self, y, level, noise):
+    def one_hot(self, labels, x):
+        """Labels (B,) as (B,label_dim), zeros for none; None where the network takes none."""
+        if not self.label_dim:
+            return None
+        labels = x.new_full([len(x)], -1) if labels is None else labels
+        return (labels[:, None] == torch.arange(self.label_dim, device=x.device)).float()
+
+    def forward(self, y, level, noise, labels=None, augment=None):
         """Training loss of images y (B,C,H,W) in [-1,1], given level (B,) and noise (B,C,H,W), both
         ~ N(0,1): loss/e^u + u (EDM2 Eq. 17-21), (B,), and the loss itself, (B,)."""
         sigma = (self.diffusion.p_mean + self.diffusion.p_std * level).exp()
-        D_x = self.denoise(y + sigma[:, None, None, None] * noise, sigma)
+        D_x = self.denoise(y + sigma[:, None, None, None] * noise, sigma, labels, augment)
         u = self.uncertainty(sigma.log() / 4)[:, 0]
         unweighted = edm_loss(D_x, y, sigma, self.diffusion.sigma_data)
         return unweighted / u.exp() + u, unweighted     # Least where e^u is the expected loss.
@@ -64,11 +76,12 @@ def build(config, amp_dtype=None):
     """An EDM from a Config. UserError: widths that the network's layers cannot divide."""
     UNet, block = NETWORKS[config.net_type]
     try:
-        net = UNet(**config.network.model_dump())
+        net = UNet(**config.network.model_dump(),
+                   augment_dim=augmentation.N_NUMBERS if config.augment else 0)
     except ValueError as e:
         raise UserError(f"network: {e}") from None
     uncertainty = nn.Sequential(block.Fourier(128), block.Linear(128, 1))
-    return EDM(net, uncertainty, config.diffusion, config.network.image_shape, amp_dtype)
+    return EDM(net, uncertainty, config, amp_dtype)
 
 def deploy(denoiser, device, channels_last=True, compiled=None):
     """Bring an EDM for sampling or features to a device; compiled None: torch.compile on CUDA."""
@@ -105,11 +118,11 @@ def sigma_steps(diffusion, n_steps=18):
 
 def heun_sampler(denoise, latents, sigmas, gamma=lambda sigma: 0, noise=None):
     """Heun's second-order method on the probability-flow ODE, with churn (EDM Alg. 2).
-    denoise: D(x; sigma), of x (B,C,H,W) and sigma (B,), all float64. latents: (B,C,H,W) ~ N(0,1).
+    denoise: D(x; sigma), of x (B,C,H,W) float64 and a number. latents: (B,C,H,W) ~ N(0,1).
     sigmas: falling, ending in 0. gamma: the churn at a noise level; where it is above 0, noise()
     gives (B,C,H,W) ~ N(0,S_noise²). Return x (B,C,H,W) float64."""
     def slope(x, sigma):
-        return (x - denoise(x, x.new_full((len(x),), sigma))) / sigma
+        return (x - denoise(x, sigma)) / sigma
 
     x = latents.double() * sigmas[0]
     for sigma, sigma_next in pairwise(sigmas):
@@ -127,12 +140,58 @@ def heun_sampler(denoise, latents, sigmas, gamma=lambda sigma: 0, noise=None):
         x = x_next
     return x
 
+@dataclass
+class Sampling:
+    """How images are sampled."""
+    steps: int = 18                 # Of the sampler: 35 evaluations.
+    eta: float = 0.0                # Churn in [0,1]: gamma = (√2-1)·eta in [S_min, S_max].
+    clip_denoised: bool = False     # Clip D to [-1,1]?
+    classes: list | None = None     # Image i has class classes[i % len(classes)]; None: all.
+    guidance: float = 1.0           # w in D_ref + w·(D - D_ref); 1: none,
+    interval: tuple = (0, math.inf) # for noise levels above the first, up to the second.
+    guide: EDM | None = None        # Has D_ref (autoguidance); None: D without label.
+
+    def guided(self, sigma):
+        """Whether the guide is asked at this noise level."""
+        return bool(self.guidance != 1 and self.interval[0] < sigma <= self.interval[1])
+
+    def evaluations(self, diffusion):
+        """How often the sampler evaluates the network for an image, and how often the guide."""
+        asked = []
+        heun_sampler(lambda x, sigma: asked.append(sigma) or x, torch.zeros(1, 1, 1, 1),
+                     sigma_steps(diffusion, self.steps), self.churn(diffusion), lambda: 0)
+        return len(asked), sum(map(self.guided, asked))
+
+    def churn(self, diffusion):
+        """heun_sampler's gamma."""
+        gamma = (math.sqrt(2) - 1) * self.eta
+        return lambda sigma: gamma if diffusion.S_min <= sigma <= diffusion.S_max else 0
+
+def guided_denoise(denoiser, x, sigma, labels, sampling):
+    """D_ref + w·(D - D_ref), in fp32, of x (B,C,H,W) at noise level `sigma`: by the same network
+    without labels, in one batch (classifier-free, arXiv 2207.12598), or by a worse one with them
+    (autoguidance, arXiv 2406.02507); D alone outside of the interval (arXiv 2404.07724)."""
+    sigmas = x.new_full((len(x),), sigma)
+    if not sampling.guided(sigma):
+        return denoiser.denoise(x, sigmas, labels)
+    if sampling.guide is None:
+        none = torch.full_like(labels, -1)
+        D_x, D_ref = denoiser.denoise(torch.cat([x, x]), torch.cat([sigmas, sigmas]),
+                                      torch.cat([labels, none])).chunk(2)
+    else:
+        D_x, D_ref = (one.denoise(x, sigmas, labels) for one in (denoiser, sampling.guide))
+    return D_ref + sampling.guidance * (D_x - D_ref)
+
 @torch.no_grad()
-def generate(denoiser, indices, seed=0, n_steps=18, eta=0.0, clip_denoised=False):
+def generate(denoiser, indices, seed=0, sampling=None):
     """Images number `indices`, (B,C,H,W) uint8 on the denoiser's device, each from its own seed.
-    eta: churn in [0,1], gamma = (√2-1)·eta for sigma in [S_min, S_max]. UserError: NaN or Inf."""
-    diffusion, device = denoiser.diffusion, next(denoiser.parameters()).device
+    sampling: a Sampling; None: the default. UserError: NaN or Inf."""
+    sampling, device = sampling or Sampling(), next(denoiser.parameters()).device
+    diffusion = denoiser.diffusion
     streams = [np.random.default_rng((seed, i)) for i in indices]
+    classes = sampling.classes or range(denoiser.label_dim)
+    labels = [classes[i % len(classes)] for i in indices] if classes else None
+    labels = labels and torch.tensor(labels, device=device)
 
     def noise():
         x = torch.from_numpy(np.stack([s.standard_normal(denoiser.image_shape) for s in streams]))
@@ -140,14 +199,11 @@ def generate(denoiser, indices, seed=0, n_steps=18, eta=0.0, clip_denoised=False
         return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
 
     def denoise(x, sigma):
-        D_x = denoiser.denoise(x, sigma)
-        return (D_x.clamp(-1, 1) if clip_denoised else D_x).double()
+        D_x = guided_denoise(denoiser, x, sigma, labels, sampling)
+        return (D_x.clamp(-1, 1) if sampling.clip_denoised else D_x).double()
 
-    def gamma(sigma):
-        return (math.sqrt(2) - 1) * eta if diffusion.S_min <= sigma <= diffusion.S_max else 0
-
-    x = heun_sampler(denoise, noise(), sigma_steps(diffusion, n_steps), gamma,
-                     lambda: diffusion.S_noise * noise())
+    x = heun_sampler(denoise, noise(), sigma_steps(diffusion, sampling.steps),
+                     sampling.churn(diffusion), lambda: diffusion.S_noise * noise())
     if not torch.isfinite(x).all():         # As bytes they would look like pixels.
         raise UserError("the samples are NaN or Inf: the network has diverged, or mixed precision "
                         "is too coarse: try --amp_dtype bfloat16, or neither it nor --use_amp")

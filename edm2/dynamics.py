@@ -24,7 +24,7 @@ class Recorder:
     uint8 and noise each time, at as many quantiles of the training's noise levels. Weights,
     gradients, updates: of every weight as the step's forward pass has left it (in E and G
     normalized); the update is the optimizer's change, relative to that RMS (EDM2 2.2)."""
-    def __init__(self, denoiser, images, config, total_steps):
+    def __init__(self, denoiser, images, labels, config, total_steps):
         self.denoiser, self.config, self.total_steps = denoiser, config, total_steps
         every, net = config.dynamics_every, denoiser.net
         self.every = default_every(total_steps) if every is None else every
@@ -34,7 +34,8 @@ class Recorder:
         self.weights = {n.removesuffix(".weight"): p for n, p in named if p.ndim > 1}
         g = torch.Generator().manual_seed(diffusion.derive_seed(0, N_IMAGES))
         device = net.stem.weight.device
-        y = data.batch(images, torch.linspace(0, len(images) - 1, N_IMAGES).long(), device)
+        index = torch.linspace(0, len(images) - 1, N_IMAGES).long()
+        y, self.labels = data.batch(images, index, device), labels[index.to(device)]
         level = torch.special.ndtri((torch.arange(N_IMAGES) + 0.5) / N_IMAGES)
         self.sigma = (config.diffusion.p_mean + config.diffusion.p_std * level).exp().to(device)
         noise = torch.randn(y.shape, generator=g).to(device)
@@ -82,7 +83,7 @@ class Recorder:
         hooks = [block.register_forward_hook(lambda block, inputs, x: found.append(
             x.float().square().mean().sqrt())) for block in self.blocks.values()]
         self.denoiser.eval()                # Here E and G leave the stored weights as they are.
-        self.denoiser.denoise(self.noisy, self.sigma)       # Not compiled: only EDM.forward is.
+        self.denoiser.denoise(self.noisy, self.sigma, self.labels)      # Only forward is compiled.
         self.denoiser.train()
         for hook in hooks:
             hook.remove()
@@ -91,7 +92,8 @@ class Recorder:
     def group(self, name):
         """The group of a block or weight, such as "encoder 16x16" or "embedding"."""
         part = name.split(".")
-        return "embedding" if {"emb", "emb0", "emb1"} & {*part} else self.groups[".".join(part[:2])]
+        of_embedding = part[0].startswith("emb") or "emb" in part
+        return "embedding" if of_embedding else self.groups[".".join(part[:2])]
 
 def block_groups(net, H, W):
     """{"encoder.0": "encoder 32x32", ...}, by the output size; the middle is of the decoder."""

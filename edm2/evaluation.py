@@ -10,15 +10,19 @@ from edm2.errors import UserError, warn
 LEVELS = np.geomspace(0.02, 20, 8)      # Noise levels of the held-out loss.
 CHUNK = 64                              # Images whose noise is drawn together, and pass together.
 
-def sample_grid(denoiser, images, config, epoch):
-    """Write n_sample samples above as many real images to save_dir/grids; return that image."""
-    n, device = config.n_sample, next(denoiser.parameters()).device
+def sample_grid(denoiser, images, labels, config, epoch):
+    """Write n_sample samples above as many real images to save_dir/grids, with labels at most so
+    many, a class a row; return that image."""
+    numbers, n_columns = image_files.layout(config.n_sample, denoiser.label_dim)
+    n, device = len(numbers), next(denoiser.parameters()).device
     samples = torch.zeros(n, *images.shape[1:], dtype=torch.uint8, device=device)
     for part in torch.arange(distributed.rank(), n, distributed.world_size()).split(CHUNK):
-        samples[part] = diffusion.generate(denoiser, part.tolist(), config.seed)
-    real = images[::max(1, len(images) // n)][:n]
-    image = torch.cat([image_files.grid(part.cpu(), math.ceil(math.sqrt(n)))
-                       for part in (distributed.all_reduce(samples), real)], dim=1)
+        samples[part] = diffusion.generate(denoiser, [numbers[i] for i in part], config.seed)
+    classes = range(n // n_columns) if denoiser.label_dim else ()
+    real = [(labels.cpu() == i).nonzero()[:, 0].repeat(n_columns)[:n_columns] for i in classes]
+    real = torch.cat(real or [torch.arange(0, len(images), max(1, len(images) // n))[:n]])
+    parts = distributed.all_reduce(samples), images[real.to(images.device)]
+    image = torch.cat([image_files.grid(part.cpu(), n_columns, classes) for part in parts], dim=1)
     if distributed.rank() == 0:
         image_files.save_png(image, Path(config.save_dir) / "grids" / f"{epoch:04d}.png")
     return image
@@ -34,8 +38,8 @@ class Evaluator:
             raise UserError(f"eval_every needs the test set, or null: {e}") from None
         n = min(config.eval.images or len(test[0]), len(test[0]))
         spread = torch.arange(n) * (len(test[0]) - 1) // max(n - 1, 1)      # Folders are sorted.
-        self.held_out, self.sets = test[0][spread], {linear_probe.TRAIN: (images, labels),
-                                                     linear_probe.TEST: test}
+        self.held_out = test[0][spread], test[1][spread]
+        self.sets = {linear_probe.TRAIN: (images, labels), linear_probe.TEST: test}
         if config.eval.probe:
             linear_probe.check_blocks(config, [config.linear.blockname])
         if config.eval.fid:
@@ -44,7 +48,7 @@ class Evaluator:
 
     def measure(self, denoiser):
         """{name: value} of an EDM, in all processes, which share the work."""
-        found, linear = held_out_loss(denoiser, self.held_out, self.batch_gpu), self.config.linear
+        found, linear = held_out_loss(denoiser, *self.held_out, self.batch_gpu), self.config.linear
         try:
             if n := self.config.eval.fid:
                 found[f"{self.extractor.metric('FID')} n={n}"] = self.fid(denoiser, n)
@@ -70,9 +74,10 @@ class Evaluator:
         return distributed.on_rank0(frechet.distance, samples, self.reference)
 
 @torch.no_grad()
-def held_out_loss(denoiser, images, batch_size=None):
-    """The unweighted EDM loss per pixel of images (N,C,H,W) uint8 at LEVELS, and their mean, by
-    name. Noise is a function of the image's number: the same at every level, in every run."""
+def held_out_loss(denoiser, images, labels, batch_size=None):
+    """The unweighted EDM loss per pixel of images (N,C,H,W) uint8, given their labels (N,), -1 for
+    none, at LEVELS, and their mean, by name. Noise is a function of the image's number: the same at
+    every level, in every run."""
     n, device = len(images), next(denoiser.parameters()).device
     total = torch.zeros(len(LEVELS), dtype=torch.float64, device=device)
     for chunk in range(distributed.rank(), -(-n // CHUNK), distributed.world_size()):
@@ -80,10 +85,11 @@ def held_out_loss(denoiser, images, batch_size=None):
         g = torch.Generator().manual_seed(diffusion.derive_seed(chunk, len(LEVELS)))
         noise = torch.randn(CHUNK, *images.shape[1:], generator=g)[:len(index)].to(device)
         y = data.batch(images, index, device)
+        drawn = [t.split(batch_size or CHUNK) for t in (y, noise, labels[index].to(device))]
         for i, level in enumerate(LEVELS):
-            for part, eps in zip(*(t.split(batch_size or CHUNK) for t in (y, noise)), strict=True):
+            for part, eps, given in zip(*drawn, strict=True):
                 sigma = torch.full([len(part)], float(level), device=device)
-                D_x = denoiser.denoise(part + level * eps, sigma)
+                D_x = denoiser.denoise(part + level * eps, sigma, given)
                 loss = diffusion.edm_loss(D_x, part, sigma, denoiser.diffusion.sigma_data)
                 total[i] += loss.double().sum()
     losses = (distributed.all_reduce(total) / n).tolist()

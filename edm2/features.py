@@ -51,9 +51,9 @@ class ImageSet:
             found = list(islice(images, len(part)))
             yield part, torch.from_numpy(np.stack(found + found[-1:] * (size - len(part))))
 
-def open_samples(folder, n):
-    """The ImageSet of sample.py's images 0 to n-1 of a folder; what else lies there is named."""
-    paths = [sample_path(folder, i) for i in range(n)]
+def open_samples(folder, numbers):
+    """The ImageSet of sample.py's images of these numbers; what else lies there is named."""
+    paths = [sample_path(folder, i) for i in numbers]
     strays = [p.name for p in paths[0].parent.iterdir() if not re.match(r"\d{6,}\.png$|\.", p.name)]
     if strays and distributed.rank() == 0:
         warn(f"{paths[0].parent}: {some(strays)} left out: not written by sample.py")

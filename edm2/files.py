@@ -51,7 +51,7 @@ def write_cache(path, **arrays):
         if path:
             path.parent.mkdir(parents=True, exist_ok=True)
             with atomic(path) as temporary, open(temporary, "wb") as file:
-                np.savez(file, **arrays)
+                (np.save if path.suffix == ".npy" else np.savez)(file, **arrays)
     except (UserError, OSError) as e:
         warn(f"{path} is not kept for the next time: {e}")
 

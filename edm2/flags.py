@@ -3,7 +3,7 @@
 import argparse
 import torch
 from pydantic import TypeAdapter, ValidationError
-from edm2.config import Count, Index, SigmaRel, Timestep, explain
+from edm2.config import Count, Index, SigmaRel, explain
 
 def parser(docstring, network=False, sigma_rel=False, config_required=True):
     """An argument parser with the flags that the commands share, those of the network if asked."""
@@ -35,14 +35,16 @@ def epochs(value):
     """An argparse type: epochs with commas between, or "all"."""
     return value if value == "all" else [flag(Index)(item) for item in value.split(",")]
 
-def timesteps(value):
-    """An argparse type: timesteps and ranges of them, such as 1-4,8."""
-    number, found = flag(Timestep), set()
-    for first, _, last in (item.partition("-") for item in value.split(",")):
-        found |= set(range(number(first), number(last or first) + 1))
-    if not found:
-        raise argparse.ArgumentTypeError(f"{value!r} is an empty range")
-    return sorted(found)
+def ranges(kind):
+    """An argparse type: numbers of a type of config.py and ranges of them, such as 1-4,8."""
+    def convert(value):
+        number, found = flag(kind), set()
+        for first, _, last in (item.partition("-") for item in value.split(",")):
+            found |= set(range(number(first), number(last or first) + 1))
+        if not found:
+            raise argparse.ArgumentTypeError(f"{value!r} is an empty range")
+        return sorted(found)
+    return convert
 
 def dtype(name):
     """The torch.dtype of a name, None for None."""

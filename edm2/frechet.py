@@ -82,7 +82,7 @@ def open_set(path, limit=None):
     if Path(path).is_dir():
         folder = Path(path).parent if Path(path).name == "images" else path     # Of sample.py?
         if (made := features.read_settings(folder).get("n_samples")) and isinstance(made, int):
-            return features.open_samples(folder, min(made, limit or made))
+            return features.open_samples(folder, range(min(made, limit or made)))
         return ImageSet(str(path), image_files.find_images(path), limit)
     if {"mu", "sigma"} <= set(arrays := files.read_npz(path)):
         return read_statistics(path, arrays)

@@ -1,11 +1,12 @@
 """Files of images, for training, samples and scores: found, decoded and written in one way."""
 
+import math
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw, ImageOps
 from edm2 import distributed, files
 from edm2.errors import UserError, warn
 
@@ -101,11 +102,28 @@ def save_png(image, path):
     with files.atomic(path) as temporary:
         Image.fromarray(pixels[..., 0] if len(image) == 1 else pixels).save(temporary, "PNG")
 
-def grid(images, n_columns):
-    """Images (N,C,H,W) uint8 side by side as one (C,H',W') uint8, n_columns wide whatever N;
-    small ones are enlarged."""
+def layout(n, n_classes, n_images=math.inf):
+    """Which of n_images samples, of which number i has class i % n_classes, a grid of at most n
+    shows: their numbers, row by row, and how many are in a row. With classes a row is one of them:
+    the first ones, where there are more than 16."""
+    if not n_classes:
+        return range(n), math.ceil(math.sqrt(n))
+    n_rows = min(n, n_images, n_classes if n_classes <= 16 else 8)
+    n_columns = max(1, min(n // n_rows, n_images // n_classes))
+    return [row + i * n_classes for row in range(n_rows) for i in range(n_columns)], n_columns
+
+def grid(images, n_columns, names=()):
+    """Images (N,C,H,W) uint8 side by side as one (C,H',W') uint8, n_columns wide whatever N, and
+    the rows' names beside them; small ones are enlarged."""
     from torchvision.utils import make_grid
     scale = max(1, 32 // images.shape[-1])
     images = images.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
     blank = images.new_full((max(0, n_columns - len(images)), *images.shape[1:]), 128)
-    return make_grid(torch.cat([images, blank]), n_columns, padding=2, pad_value=128)
+    picture = make_grid(torch.cat([images, blank]), n_columns, padding=2, pad_value=128)
+    if not len(names):
+        return picture
+    margin = Image.new("RGB", (8 + 8 * max(len(str(name)) for name in names), picture.shape[1]))
+    for row, name in enumerate(names):
+        height = 2 + (row + 0.5) * (images.shape[2] + 2)
+        ImageDraw.Draw(margin).text((4, height), str(name), anchor="lm", font_size=14)
+    return torch.cat([torch.from_numpy(np.array(margin)).permute(2, 0, 1), picture], dim=2)

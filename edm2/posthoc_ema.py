@@ -24,8 +24,8 @@ class Averages:
         self.ema = EMA(denoiser.net, beta=config.ema, update_after_step=0, update_every=1,
                        include_online_model=False, use_foreach=True)
         self.ema.ema_model.eval()
-        self.denoiser = diffusion.EDM(self.ema.ema_model, denoiser.uncertainty, config.diffusion,
-                                      config.network.image_shape, denoiser.amp_dtype)
+        self.denoiser = diffusion.EDM(self.ema.ema_model, denoiser.uncertainty, config,
+                                      denoiser.amp_dtype)
         self.posthoc = [KarrasEMA(denoiser.net, sigma_rel=length, update_every=1)
                         for length in config.posthoc_ema.sigma_rels]
 

@@ -3,7 +3,8 @@
 Some runs:            python -m edm2.results runs/cifar10/C runs/cifar10/E
 All that lie in runs: python -m edm2.results
 Training dynamics:    python -m edm2.results --dynamics runs/cifar10/C runs/cifar10/E runs/cifar10/G
-Scores by EMA length: python -m edm2.results --ema runs/cifar10/G"""
+Scores by EMA length: python -m edm2.results --ema runs/cifar10/G
+Scores by guidance:   python -m edm2.results --guidance runs/cifar10/G_cond"""
 
 import argparse
 import json
@@ -13,12 +14,13 @@ import sys
 from datetime import datetime
 from importlib import metadata
 from pathlib import Path
-from edm2 import diffusion, distributed, dynamics, files, frechet
+from edm2 import diffusion, distributed, dynamics, files, frechet, guidance
 from edm2.errors import UserError, command, warn
 
 NAMES = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "tinyimagenet": "Tiny ImageNet"}
 # The samples that the table compares.
-STANDARD = {"weights": "ema", "sigma_rel": None, "steps": 18, "eta": 0, "clip_denoised": False}
+STANDARD = {"weights": "ema", "sigma_rel": None, "steps": 18, "eta": 0, "clip_denoised": False,
+            "classes": None, "guidance": None, "guidance_interval": None, "guide": None}
 
 def main():
     """Parse the command line, print the table, draw the curves."""
@@ -26,20 +28,26 @@ def main():
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     add = p.add_argument
     add("runs", nargs="*", metavar="RUN", help="save_dir of a run, or of several (default: ./runs)")
-    add("--out", metavar="PNG", help="default: results.png, dynamics.png or ema.png")
+    add("--out", metavar="PNG", help="default: results.png, dynamics.png, ema.png or guidance.png")
     add("--dynamics", nargs="+", metavar="RUN", help="draw the training dynamics")
     add("--ema", metavar="RUN", help="draw scores by the relative length of the EMA")
-    add("--figure", help="with --ema: the score, such as FID or probe (default: all)")
+    add("--guidance", metavar="RUN", help="draw scores by the weight of guidance")
+    add("--figure", help="with these two: the score, such as FID or probe (default: all)")
     args = p.parse_args()
-    if bool(args.runs) + bool(args.dynamics) + bool(args.ema) > 1:
-        p.error("name runs alone, or after --dynamics, or one after --ema")
-    if args.figure and not args.ema:
-        p.error("--figure needs --ema")
+    if sum(map(bool, (args.runs, args.dynamics, args.ema, args.guidance))) > 1:
+        p.error("name runs alone, or after --dynamics, or one after --ema or --guidance")
+    if args.figure and not (args.ema or args.guidance):
+        p.error("--figure needs --ema or --guidance")
+    name, x_label = "results", "training images seen (millions)"
     if args.dynamics:
         records = dynamics.read(args.dynamics)
-        text, rows = dynamics.table(records), dynamics.curves(records)
+        name, text, rows = "dynamics", dynamics.table(records), dynamics.curves(records)
     elif args.ema:
-        text, rows = "", {"score": by_length(args.ema, args.figure)}
+        name, x_label, text = "ema", "relative EMA length, sigma_rel", ""
+        rows = {"score": along(args.ema, "sigma_rel", args.figure)}
+    elif args.guidance:
+        name, x_label, text = "guidance", "weight of guidance", ""
+        rows = {"score": along(args.guidance, "guidance", args.figure)}
     else:
         results = {run: read(run) for folder in args.runs or ["runs"] for run in scored(folder)}
         shown = {line["figure"] for lines in results.values() for line in lines}
@@ -48,9 +56,7 @@ def main():
             raise UserError(f"{', '.join(results)}: no FID and no probe accuracy there yet")
         text, rows = table(results, metrics), {"score": by_images(results, metrics)}
     print(text)
-    figure = draw(rows, "relative EMA length, sigma_rel" if args.ema else
-                  "training images seen (millions)", log=bool(args.dynamics))
-    out = args.out or f"{'dynamics' if args.dynamics else 'ema' if args.ema else 'results'}.png"
+    figure, out = draw(rows, x_label, log=bool(args.dynamics)), args.out or f"{name}.png"
     with files.atomic(out) as temporary:
         figure.savefig(temporary, format="png")
     print(f"curves: {out}")
@@ -94,9 +100,10 @@ def read(run, standard=STANDARD):
     path, found = Path(run) / "results.jsonl", {}
     for line in dynamics.read_lines(path, check, "score the run with fid.py or probe.py first"):
         made = line["sampling"]
-        if any(made.get(name, value) != value for name, value in standard.items()):
+        if other := {name: made[name] for name, value in standard.items()
+                     if made.get(name, value) != value}:
             warn(f"{path}: left out, of other sampling settings: {line['figure']} "
-                 f"{line['value']:.6g} @ {line['epoch']}, {made}")
+                 f"{line['value']:.6g} @ {line['epoch']}, {other}")
         else:
             found[line["key"]] = line
     if not found:
@@ -164,21 +171,30 @@ def by_images(results, metrics):
         panels[metric][name + remark] = [(line["Mimg"], line["value"]) for line in best]
     return {titled(metric): curves for metric, curves in panels.items()}
 
-def by_length(run, name):
-    """{metric: {epoch: [(sigma_rel, value)]}} of a run, of all metrics or `name`."""
-    kinds = {}                              # {metric: {what it is of: {label: [(length, value)]}}}
-    for line in read(run, {key: STANDARD[key] for key in STANDARD if key != "sigma_rel"}):
+def along(run, setting, name):
+    """{metric: {label: [(value of a setting, score)]}} of a run, of all metrics or `name`, by its
+    samples' "sigma_rel" or "guidance" (unguided ones: 1)."""
+    free = ["sigma_rel"] if setting == "sigma_rel" else ["guidance", "guidance_interval", "guide"]
+    kinds, plain = {}, {}       # {metric: {what it is of: {(epoch, how): [(setting, score)]}}}
+    for line in read(run, {key: STANDARD[key] for key in STANDARD if key not in free}):
         of = (f" t={line.get('timestep')} {line['features']}" if line["figure"] == "probe" else
               f" n={line['n']:,}, seeds {line['seeds']}")
-        if (length := line["sampling"]["sigma_rel"]) is not None:
-            curves = kinds.setdefault(line["figure"], {}).setdefault(line["figure"] + of, {})
-            curves.setdefault(f"epoch {line['epoch']}", []).append((length, line["value"]))
+        x, kind = line["sampling"].get(setting), line["figure"] + of
+        if x is None:
+            plain[kind, line["epoch"]] = [(1, line["value"])] if setting == "guidance" else []
+        else:
+            how = guidance.variant(line["sampling"] | {"guidance": None}).replace("_", ", ")
+            how += ", classifier-free" * (setting == "guidance" and "guide" not in how)
+            curves = kinds.setdefault(line["figure"], {}).setdefault(kind, {})
+            curves.setdefault((line["epoch"], how), []).append((x, line["value"]))
     if not kinds or name not in (None, *kinds):
-        raise UserError(f"{run} holds no such score by EMA length, only {', '.join(kinds) or '-'}: "
-                        f"make some with fid.py or probe.py --sigma_rel 0.05, ...")
+        flag = "--sigma_rel 0.05" if setting == "sigma_rel" else "--guidance 2"
+        raise UserError(f"{run} holds no such score by {setting}, only {', '.join(kinds) or '-'}: "
+                        f"make some with {flag}, ...")
     best = [max(found.items(), key=lambda item: sum(map(len, item[1].values())))
             for metric, found in kinds.items() if name in (None, metric)]
-    return {titled(kind): curves for kind, curves in best}
+    return {titled(kind): {f"epoch {epoch}{how}": points + plain.get((kind, epoch), [])
+                           for (epoch, how), points in curves.items()} for kind, curves in best}
 
 def titled(metric):
     """The title of a metric's panel."""

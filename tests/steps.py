@@ -9,6 +9,7 @@ import train
 from edm2.config import load_config
 
 IMAGES = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (32, 1, 8, 8), np.uint8))
+LABELS = torch.arange(32) % 10
 SIGNALS = SimpleNamespace(defer=lambda deferred: None, agree=lambda save: (0, False))
 
 def train_steps(folder, net_type="UNetE", dtype=None, n=4, begin=id, after=id, **changes):
@@ -29,5 +30,5 @@ def train_steps(folder, net_type="UNetE", dtype=None, n=4, begin=id, after=id, *
                            channels_last=True, fresh=False, max_steps=n)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "Run", Watched)
-        train.train(load_config(path), args, IMAGES[:8 * n], torch.device("cpu"), None, SIGNALS)
+        train.train(load_config(path), args, IMAGES[:8 * n], LABELS[:8 * n], None, SIGNALS)
     return runs[0]

@@ -81,7 +81,7 @@ def test_digits_and_cifar10(tmp_path, monkeypatch, dataset, shape, n):
     # sigma_data is the RMS of the pixels: inputs and targets of the network have unit size.
     rms = data.to_float(images[:10000]).square().mean().sqrt().item()
     configs = map(load_config, (ROOT / "config" / dataset).iterdir())
-    assert [c.diffusion.sigma_data for c in configs] == pytest.approx([rms] * 3, rel=0.03)
+    assert [c.diffusion.sigma_data for c in configs] == pytest.approx([rms] * 4, rel=0.03)
     if dataset == "cifar10":
         mean = images.double().mean((0, 2, 3)) / 255
         np.testing.assert_allclose(mean, [0.49139968, 0.48215841, 0.44653091], atol=1e-6)
@@ -296,7 +296,8 @@ def test_a_data_set_is_decoded_once(kept, tmp_path, monkeypatch, capsys):
     given, folder = kept
     (folder / "c0" / "2.txt").symlink_to("nowhere")         # Keeps nothing from being kept.
     first = data.load(given)
-    assert [path.suffix for path in Path(given.cache_dir, "data").iterdir()] == [".npz"]
+    assert [path.suffix for path in sorted(Path(given.cache_dir, "data").iterdir())] == [
+        ".npy", ".npz"]
     loaded(given, first, 1)
     data.load(config("folder", folder, [3, 8, 8], given.cache_dir))     # Another shape.
     loaded(given, first, 2)
@@ -327,14 +328,18 @@ def test_changed_sources_are_decoded_anew(kept):
     (f / "c9").mkdir()
     says("class c9", data.load, given)
 
+@pytest.mark.parametrize("suffix", [".npy", ".npz"])
 @pytest.mark.parametrize("change", [flip, cut, b"", b"[1, 2]", "code"])
-def test_a_damaged_kept_data_set_is_decoded_anew(kept, tmp_path, capsys, change):
+def test_a_damaged_kept_data_set_is_decoded_anew(kept, tmp_path, capsys, suffix, change):
     class Bomb:
         def __reduce__(self):
             return open, (str(tmp_path / "it ran"), "w")
-    first, (path,) = data.load(kept[0]), Path(kept[0].cache_dir, "data").iterdir()
-    if change == "code":
-        np.savez(path, images=np.array([Bomb()], object), labels=np.zeros(1, np.int64))
+    first, (path,) = data.load(kept[0]), Path(kept[0].cache_dir, "data").glob(f"*{suffix}")
+    first = tuple(tensor.clone() for tensor in first)
+    if change == "code" and suffix == ".npy":
+        np.save(path, np.array([Bomb()], object))
+    elif change == "code":
+        np.savez(path, labels=np.array([Bomb()], object), sha256=data.digest(first[0]))
     else:
         damage(path, change)
     loaded(kept[0], first, 2)
@@ -342,6 +347,17 @@ def test_a_damaged_kept_data_set_is_decoded_anew(kept, tmp_path, capsys, change)
     assert str(path) in line and "made anew" in line
     loaded(kept[0], first, 2)
     assert not (tmp_path / "it ran").exists()
+
+def test_kept_images_are_mapped_not_read(kept):
+    """So the processes of a machine share them; what one writes there stays its own."""
+    for _ in range(2):                      # Decoded, and taken from the cache.
+        images, _ = data.load(kept[0])
+        (path,) = Path(kept[0].cache_dir, "data").glob("*.npy")
+        lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
+        assert any(start <= images.data_ptr() < end for start, end in (
+            [int(x, 16) for x in line[0].split("-")] for line in lines if line[-1] == str(path)))
+        images.zero_()
+    assert data.load(kept[0])[0].any() and data.decode.call_count == 1
 
 def test_order_is_a_function_of_seed_and_epoch():
     order = data.epoch_order(1000, 1, 2)

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from types import SimpleNamespace
 from unittest.mock import Mock
 import numpy as np
 import pytest
@@ -16,8 +17,7 @@ DEFAULT = Diffusion()
 
 def exact_denoiser(x, sigma):
     """E[y | x] for y ~ N(0.3, 0.5²), x = y + sigma·n."""
-    s2 = sigma.reshape(-1, *[1] * (x.ndim - 1)) ** 2
-    return (STD ** 2 * x + s2 * MEAN) / (STD ** 2 + s2)
+    return (STD ** 2 * x + sigma ** 2 * MEAN) / (STD ** 2 + sigma ** 2)
 
 class Constant(torch.nn.Module):
     """A network F of one value: D = c_skip·x + c_out·value. It keeps what it is given."""
@@ -25,12 +25,13 @@ class Constant(torch.nn.Module):
         super().__init__()
         self.value = torch.nn.Parameter(torch.tensor(value), requires_grad=False)
 
-    def forward(self, x, c_noise, return_features=False):
+    def forward(self, x, c_noise, label=None, augment=None, return_features=False):
         self.x, self.c_noise = x, c_noise
         return self.value.expand_as(x)
 
 def constant(value=0.0, section=DEFAULT):
-    return diffusion.EDM(Constant(value), None, section, (1, 8, 8))
+    network = Network(image_shape=[1, 8, 8])
+    return diffusion.EDM(Constant(value), None, SimpleNamespace(diffusion=section, network=network))
 
 def small_edm(net_type, folder):
     torch.manual_seed(0)
@@ -65,13 +66,14 @@ def test_churn_keeps_the_distribution(monkeypatch):
     heun_sampler, asked = diffusion.heun_sampler, Mock(side_effect=lambda *args: args[1])
     monkeypatch.setattr(diffusion, "heun_sampler", asked)
     for eta, clip in ((1, False), (0.5, True)):
-        diffusion.generate(constant(section=Diffusion(S_noise=3)), range(100), 0, 18, eta, clip)
+        diffusion.generate(constant(section=Diffusion(S_noise=3)), range(100), 0,
+                           diffusion.Sampling(18, eta, clip))
     (free, latents, _, gamma, with_S_noise), (clipped, _, _, half, _) = (
         call.args for call in asked.call_args_list)
     assert latents.std().item() == pytest.approx(1, abs=0.05)
     assert with_S_noise().std().item() == pytest.approx(3, abs=0.15)
     assert gamma(0.5) == 2 * half(0.5) == pytest.approx(math.sqrt(2) - 1)
-    most = [denoise(1000 * latents, torch.ones(100)).abs().max() for denoise in (free, clipped)]
+    most = [denoise(1000 * latents, 1.0).abs().max() for denoise in (free, clipped)]
     assert most[0] > 100 and most[1] == 1
     rng, sigmas = np.random.default_rng(0), diffusion.sigma_steps(DEFAULT, 72)
     noise = Mock(side_effect=lambda: torch.from_numpy(rng.standard_normal((100_000, 1, 1, 1))))
@@ -89,9 +91,10 @@ def test_image_i_is_the_same_in_every_batch(tmp_path, net_type, eta):
     if net_type == "UNetG":                         # At its start G's output is 0.
         model.net.out_gain.data.fill_(1)
     fast = copy.deepcopy(model).to(memory_format=torch.channels_last)
-    whole, other = (diffusion.generate(fast, range(6), seed, eta=eta) for seed in (3, 4))
+    how = diffusion.Sampling(eta=eta)
+    whole, other = (diffusion.generate(fast, range(6), seed, how) for seed in (3, 4))
     for numbers in ([0, 2], *([i] for i in range(6))):
-        part = diffusion.generate(model, numbers, 3, eta=eta)
+        part = diffusion.generate(model, numbers, 3, how)
         assert (part.int() - whole[numbers].int()).abs().max() <= 1
     assert whole.dtype == torch.uint8 and whole.shape == (6, 1, 8, 8)
     assert (other.int() - whole.int()).abs().max() > 1

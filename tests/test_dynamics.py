@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import NETS, metrics, refused, run, succeed, tiny_config
 from PIL import Image
-from steps import IMAGES, train_steps
+from steps import IMAGES, LABELS, train_steps
 from edm2.dynamics import Recorder, default_every
 
 def records(save_dir):
@@ -51,7 +51,7 @@ def test_a_record_is_what_happened(tmp_path, net_type, dtype):
 def test_activations_are_those_of_the_blocks(tmp_path):
     """Against a forward pass by hand, and grouped by place and resolution."""
     run = train_steps(tmp_path, "UNetG", n=1)
-    recorder, net = Recorder(run.denoiser, IMAGES, run.config, 1), run.denoiser.net
+    recorder, net = Recorder(run.denoiser, IMAGES, LABELS, run.config, 1), run.denoiser.net
     found, outputs = [x.item() for x in recorder.activations()], {}
     assert net.training
     for name, block in recorder.blocks.items():

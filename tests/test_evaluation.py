@@ -18,13 +18,14 @@ def test_the_held_out_loss_is_the_loss(trained, monkeypatch):
     config, seen = load_config(trained / "config.yaml"), []
     denoiser, s_d = load_denoiser(config, 3), config.diffusion.sigma_data
     images = torch.from_numpy(np.random.default_rng(1).integers(0, 256, (70, 1, 8, 8), np.uint8))
-    one, y = evaluation.held_out_loss(denoiser, images[:1]), images[:1].float() / 127.5 - 1
+    none, y = torch.full([70], -1), images[:1].float() / 127.5 - 1
+    one = evaluation.held_out_loss(denoiser, images[:1], none)
     D = denoiser.denoise
     monkeypatch.setattr(denoiser, "denoise", lambda *given: seen.append(given) or D(*given))
-    assert evaluation.held_out_loss(denoiser, images[:1]) == one and len(seen) == 8
-    alone = [(x - y) / sigma for x, sigma in seen]
+    assert evaluation.held_out_loss(denoiser, images[:1], none) == one and len(seen) == 8
+    alone = [(x - y) / sigma for x, sigma, _ in seen]
     assert all(torch.allclose(noise, alone[-1], rtol=0, atol=1e-3) for noise in alone[1:])
-    for (x, sigma), noise, level in zip(seen, alone, evaluation.LEVELS, strict=True):
+    for (x, sigma, _), noise, level in zip(seen, alone, evaluation.LEVELS, strict=True):
         assert sigma.item() == pytest.approx(level) and 0.02 - 1e-9 <= level <= 20 + 1e-9
         assert noise.std().item() == pytest.approx(1, abs=0.3)
         with torch.no_grad():
@@ -32,9 +33,9 @@ def test_the_held_out_loss_is_the_loss(trained, monkeypatch):
         expected = (1 / s_d ** 2 + 1 / level ** 2) * error
         assert one[f"{KEY}/{level:.3g}"] == pytest.approx(expected, rel=1e-5)
     assert one[KEY] == pytest.approx(np.mean([v for k, v in one.items() if "/" in k]))
-    both = evaluation.held_out_loss(denoiser, images)
+    both = evaluation.held_out_loss(denoiser, images, none)
     assert torch.equal(seen[15][0][:1], seen[7][0]) and (seen[23][0][0] - seen[15][0][0]).std() > 9
-    assert evaluation.held_out_loss(denoiser, images, 7) == pytest.approx(both, rel=1e-5)
+    assert evaluation.held_out_loss(denoiser, images, none, 7) == pytest.approx(both, rel=1e-5)
     assert both[KEY] != pytest.approx(one[KEY], rel=1e-5)
 
 @pytest.mark.slow
@@ -90,7 +91,8 @@ def test_images_are_spread_and_a_score_that_fails_ends_nothing(trained, monkeypa
     test = torch.arange(200, dtype=torch.uint8)[:, None, None, None].expand(200, 1, 8, 8)
     monkeypatch.setattr(data, "load", lambda config, train: (test, torch.arange(200)))
     evaluator = evaluation.Evaluator(config, images, labels, torch.device("cpu"))
-    assert evaluator.held_out[:, 0, 0, 0].tolist() == [0, 49, 99, 149, 199]
+    held_out, given = evaluator.held_out
+    assert held_out[:, 0, 0, 0].tolist() == given.tolist() == [0, 49, 99, 149, 199]
     fails = mock.Mock(side_effect=UserError("no space left"))
     monkeypatch.setattr(evaluation.linear_probe.Probe, "accuracies", fails)
     assert len(evaluator.measure(load_denoiser(config, 3))) == 9

@@ -1,13 +1,14 @@
 """The three networks: parameter counts, magnitudes, precision, features."""
 
 import math
+from types import SimpleNamespace
 import pytest
 import torch
 from conftest import NETS
 import blockC
 import blockE
 import blockG
-from edm2.config import Diffusion
+from edm2.config import Diffusion, Network
 from edm2.diffusion import EDM, NETWORKS
 
 SMALL = {"image_shape": (3, 16, 16), "n_channels": 32, "ch_mults": (1, 2), "is_attn": (False, True),
@@ -33,8 +34,11 @@ def mean_square(x, *dim):
 def test_parameter_counts(size, counts):
     for net_type, count in zip(NETS, counts, strict=True):
         with torch.device("meta"):
-            net = NETWORKS[net_type][0](**size)
-        assert sum(p.numel() for p in net.parameters() if p.requires_grad) == count, net_type
+            nets = [NETWORKS[net_type][0](**size, **more)
+                    for more in ({}, {"label_dim": 10}, {"label_dim": 1000}, {"augment_dim": 9})]
+        width, is_g = 4 * size.get("n_channels", 128), net_type == "UNetG"
+        assert [sum(p.numel() for p in net.parameters() if p.requires_grad) for net in nets] == [
+            count, count + 10 * width, count + 1000 * width, count + 9 * width + is_g], net_type
 
 def test_mp_functions_keep_unit_mean_square():
     """mp_sum also weighs the branch, mp_cat gives both equal shares (t = 0.5)."""
@@ -150,7 +154,8 @@ def test_attention_is_softmax_of_unit_magnitude_queries_and_keys(block):
 @pytest.mark.parametrize("net_type", NETS)
 def test_features_are_the_decoder_blocks_in_order(net_type, dtype):
     """Of the denoiser; in channels_last they are the same and stay so."""
-    model = EDM(build(net_type).eval(), None, Diffusion(), (3, 16, 16), dtype)
+    config = SimpleNamespace(diffusion=Diffusion(), network=Network(image_shape=[3, 16, 16]))
+    model = EDM(build(net_type).eval(), None, config, dtype)
     x, sigma = torch.randn(3, 3, 16, 16), torch.tensor([0.002, 0.06, 0.14])
     F_x = model.net(x, sigma)
     for memory_format in (torch.contiguous_format, torch.channels_last):

@@ -55,7 +55,7 @@ def test_100000_updates(tmp_path):
     torch.manual_seed(0)
     config, total = load_config(tiny_config(tmp_path), [TRACKED]), 100_000
     net, target = torch.nn.Linear(4, 2, bias=False), torch.randn(total // 1000, 2, 4).cumsum(0)
-    averages = posthoc_ema.Averages(diffusion.EDM(net, None, config.diffusion, (1, 8, 8)), config)
+    averages = posthoc_ema.Averages(diffusion.EDM(net, None, config), config)
     direct, kept = KarrasEMA(net, sigma_rel=0.075, update_every=1), []
     for step in range(1, total + 1):
         net.weight.data = target[(step - 1) // 1000] + 0.1 * torch.sin(torch.tensor(step / 50))

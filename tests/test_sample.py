@@ -39,7 +39,7 @@ def test_outputs(flags, reference):
     assert len({image.tobytes() for image in images}) == N
     assert {path.name for path in reference.iterdir()} - {".lock"} == {
         "grid.png", "images", "settings.json"}
-    assert Image.open(reference / "grid.png").size == (8 * 34 + 2, 5 * 34 + 2)
+    assert Image.open(reference / "grid.png").size == (7 * 34 + 2, 6 * 34 + 2)
     assert json.loads((reference / "settings.json").read_text())["weights"] == "ema"
     succeed("sample.py", *flags, "--n_samples", 2, "--seed", 1, "--weights", "model", "--epoch", 0)
     assert np.abs(read(reference.parent / "0_model_seed1", 2) - images[:2]).max() > 1

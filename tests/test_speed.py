@@ -4,12 +4,11 @@ itself is measured in benchmarks/, never here."""
 import copy
 import subprocess
 import sys
-import numpy as np
 import pytest
 import torch
 from conftest import NETS, ROOT, distance, tiny_config
 from ema_pytorch import EMA
-from steps import IMAGES, train_steps
+from steps import IMAGES, LABELS, train_steps
 from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 from edm2 import data, diffusion
@@ -35,11 +34,8 @@ def test_a_step_is_the_plain_step(tmp_path, net_type, dtype):
     average = EMA(plain.net, beta=done.config.ema, update_after_step=0, update_every=1)
     optimizer = torch.optim.Adam(plain.parameters(), lr=0.01, foreach=False, fused=False)
     for step in range(n):
-        passes = data.draw(done.config, step, IMAGES[:8 * n], done.device, done.batch_gpu)
-        index, level, noise, flip = (torch.cat(parts) for parts in zip(*passes, strict=True))
-        pixels = [image[:, :, ::-1] if turn else image
-                  for image, turn in zip(IMAGES.numpy()[index], flip, strict=True)]
-        y = torch.from_numpy(np.stack(pixels).astype(np.float32) / 127.5 - 1)
+        passes = data.draw(done.config, step, IMAGES[:8 * n], LABELS[:8 * n], done.batch_gpu)
+        y, level, noise = (torch.cat(parts) for parts in list(zip(*passes, strict=True))[:3])
         loss, unweighted = plain(y, level, noise)
         optimizer.zero_grad()
         (loss.mean() * y[0].numel()).backward()
@@ -111,7 +107,7 @@ def test_compiling_and_recording_change_nothing(tmp_path, net_type, dtype):
     assert len(graphs) == 1 == counters["stats"]["unique_graphs"] and not counters["graph_break"]
     averaged.net.compile(backend=backend)           # Sampling: one more.
     for _ in range(2):
-        diffusion.generate(averaged, range(4), n_steps=3)
+        diffusion.generate(averaged, range(4), 0, diffusion.Sampling(3))
     assert len(graphs) == 2 and not counters["graph_break"]
     torch.compiler.reset()
 

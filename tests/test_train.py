@@ -216,19 +216,48 @@ def test_learning_rate(tmp_path):
     assert train.learning_rate(config, 0, 2) == train.learning_rate(config, 1600, 2) == 0.1
 
 def test_draws_are_functions_of_seed_and_step(tmp_path):
-    """Image numbers, noise levels, noise and flips."""
-    path, images = tiny_config(tmp_path, flip=True), torch.zeros(1437, 1, 8, 8)
+    """Images, flipped or augmented, noise levels, noise, labels; the labels are the images'."""
+    path = tiny_config(tmp_path, flip=True, network={"label_dim": 10})
+    images, labels = (torch.from_numpy(a) for a in (
+        np.random.default_rng(0).integers(0, 256, (1437, 1, 8, 8), np.uint8), np.arange(1437) % 10))
+    number = {image.numpy().tobytes(): i for i, image in enumerate(images)}
 
-    def draw(step, *overrides):
-        (drawn,) = data.draw(load_config(path, overrides), step, images, torch.device("cpu"), 140)
-        return drawn
+    def draw(step, *overrides, size=140):
+        passes = data.draw(load_config(path, overrides), step, images, labels, size)
+        assert len(passes) == 140 // size
+        return [None if parts[0] is None else torch.cat(parts)
+                for parts in zip(*passes, strict=True)]
 
-    first = index, level, noise, flip = draw(0)
-    assert all(torch.equal(a, b) for a, b in zip(first, draw(0), strict=True))
+    def found(y):
+        """The numbers of images and whether they are flipped."""
+        y = (y * 127.5 + 128).to(torch.uint8)
+        numbers = [[number.get(image.numpy().tobytes(), -1) for image in x]
+                   for x in (y, y.flip(-1))]
+        return torch.tensor(numbers).amax(0), torch.tensor(numbers[1]) >= 0
+
+    first = *same, _ = draw(0)
+    y, level, noise, label = same
+    for again in (draw(0), draw(0, size=35)):
+        assert all(torch.equal(a, b) for a, b in zip(same, again[:-1], strict=True))
     for other in (draw(1), draw(0, "seed=1")):
-        assert not any(torch.equal(a, b) for a, b in zip(first, other, strict=True))
-    assert len(index) == len(level) == len(noise) == len(flip) == 140 and 40 < flip.sum() < 100
-    assert abs(level.mean()) < 0.4 and abs(noise.std() - 1) < 0.05 and noise.shape[1:] == (1, 8, 8)
-    assert not draw(0, "flip=false")[3].any()
+        assert not any(torch.equal(a, b) for a, b in zip(same, other[:-1], strict=True))
+    index, flip = found(y)
+    dropped = label == -1
+    assert index.unique().numel() == 140 and 40 < flip.sum() < 100 and 2 < dropped.sum() < 30
+    assert torch.equal(label[~dropped], labels[index][~dropped]) and first[-1] is None
+    assert abs(level.mean()) < 0.4 and abs(noise.std() - 1) < 0.05 and noise.shape == y.shape
+    # Without flips, label dropout or either all else stays; so it does with augmentation.
+    plain = draw(0, "flip=false", "label_dropout=0")
+    assert torch.equal(plain[3], labels[index]) and torch.equal(plain[0], torch.where(
+        flip[:, None, None, None], y.flip(-1), y))
+    *augmented, told = draw(0, "augment=0.5")
+    assert torch.equal(told, draw(0, "augment=0.5", size=35)[-1]) and told.shape == (140, 9)
+    assert all(torch.equal(a, b) for a, b in zip(same[1:3], augmented[1:3], strict=True))
+    for i in range(9):                      # Each of them in some of the images.
+        assert 10 < (told[:, i] != 0).sum() < 100
+    untouched = (told[:, 1:] == 0).all(1) & ~dropped
+    flipped = torch.where(told[:, :1, None, None] == 1, plain[0].flip(-1), plain[0])
+    close = (augmented[0] - flipped).abs().amax((1, 2, 3)) < 1e-4
+    assert untouched.any() and close[untouched].all() and (~close).sum() > 70
     # Dropout shares nothing with the noise.
     assert diffusion.derive_seed(0, 1, train.DROPOUT, 0) != diffusion.derive_seed(0, 1, data.NOISE)
