@@ -1,5 +1,6 @@
 # make demo: train on the built-in digits, sample, score, show where the pictures are.
 # make dynamics: train Configs C, E and G on them, draw their training dynamics: docs/dynamics.png.
+# make guidance: train Config G with labels, guide its samples, draw them and their scores: docs/guid*.png.
 # make test: ruff and pytest.    make test-slow: the long tests, of faults, restarts and bad input above all.
 # Each sets itself up in .venv first; done again, that takes no time. Needs Python 3.11 or newer: make demo PYTHON=python3.12
 
@@ -7,7 +8,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO := --config config/digits/G.yaml
 
-.PHONY: demo dynamics test test-slow clean
+.PHONY: demo dynamics guidance test test-slow clean
 
 demo: .venv/installed
 	$(BIN)/python train.py $(DEMO)
@@ -20,6 +21,10 @@ demo: .venv/installed
 dynamics: .venv/installed
 	for c in C E G; do $(BIN)/python train.py --config config/digits/$$c.yaml || exit; done
 	$(BIN)/python -m edm2.results --dynamics runs/digits/C runs/digits/E runs/digits/G --out docs/dynamics.png
+
+guidance: .venv/installed
+	$(BIN)/python benchmarks/guidance.py --seeds 1 --n_samples 500 --picture docs/guided.png
+	$(BIN)/python -m edm2.results --guidance runs/guidance/0 --out docs/guidance.png
 
 test: .venv/installed-dev
 	$(BIN)/ruff check .

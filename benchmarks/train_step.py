@@ -3,6 +3,7 @@
     python benchmarks/train_step.py                          # 39.5M networks; batch 8 on the CPU
     python benchmarks/train_step.py --configs digits/G --batch 64
     python benchmarks/train_step.py --configs digits/G --batch 64 --tree ../before --rounds 101
+    python benchmarks/train_step.py --configs cifar10/G --also augment=0.12
     python benchmarks/train_step.py --compile --profile      # torch.compile on the CPU: minutes
     python benchmarks/train_step.py --amp_dtype bfloat16 --peer     # needs requirements.txt
 
@@ -45,6 +46,8 @@ def main():
     p.add_argument("--rounds", type=int, default=9)
     p.add_argument("--tree", type=Path, action="append", default=[], metavar="PATH",
                    help="train.py of another checkout (again for more) instead of plain")
+    p.add_argument("--also", action="append", default=[], metavar="KEY=VALUE",
+                   help="train.py with another value of a key (again for more) instead of plain")
     p.add_argument("--peer", action="store_true", help="the Karras U-Net, too")
     p.add_argument("--compile", action="store_true",
                    help="train.py --compile, too: on the CPU that is not the default")
@@ -64,7 +67,9 @@ def main():
             sides[f"{name}, train.py --compile"] = (fast, ROOT, name, overrides, amp_dtype, True)
         for tree in args.tree:
             sides[f"{name}, {tree}"] = (fast, tree.resolve(), name, overrides, amp_dtype)
-        if not args.tree:
+        for setting in args.also:
+            sides[f"{name}, {setting}"] = (fast, ROOT, name, [*overrides, setting], amp_dtype)
+        if not args.tree and not args.also:
             sides[f"{name}, plain"] = (plain, config, amp_dtype)
     if args.peer:
         sides["peer"] = (peer, config, amp_dtype)
@@ -113,8 +118,8 @@ def main():
 
 def compare(timings, args):
     """Print how train.py's step compares with those of other checkouts, and with the peer's."""
-    for name in args.configs if args.tree else ():
-        for tree in args.tree:
+    for name in args.configs:
+        for tree in [*args.tree, *args.also]:
             found = ratios(timings[f"{name}, train.py"], timings[f"{name}, {tree}"])
             low, median, high = statistics.quantiles(found, n=4)
             print(f"\nA step of {name} takes {median:.3f} times as long as that of {tree} (median "
@@ -179,7 +184,8 @@ def fast(tree, name, overrides, amp_dtype, compiled=None):
     argv += ["--amp_dtype", amp_dtype] if amp_dtype else []
 
     def load(config):
-        return random_images(config.batch_size, config.network.image_shape), None
+        images = random_images(config.batch_size, config.network.image_shape)
+        return images, torch.full([len(images)], -1)
 
     def run(turns):
         with (tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()),
@@ -332,7 +338,7 @@ def shares(name, overrides, amp_dtype):
         setattr(owner, name, call)
 
     for key, owner, name_of in (
-            ("data", data, "draw"), ("data", data, "batch"), ("ema", train.Averages, "update"),
+            ("data", data, "draw"), ("ema", train.Averages, "update"),
             ("optimizer", torch.amp.GradScaler, "step"), ("figures", train.Run, "metrics"),
             ("figures", diffusion.Throughput, "read"), ("figures", log.Log, "write"),
             ("dynamics", dynamics.Recorder, "before_update"),
