@@ -114,7 +114,13 @@ def find_sets(config, args, trained_on):
         asked = [features.read_settings(args.images).get("epoch")]
     for epoch in dict.fromkeys(checkpoint.find(config, epoch) for epoch in asked or [None]):
         path, n = checkpoint.path_of(config, epoch), args.n_samples
-        guided, _ = guidance.find(args, config, epoch)
+        try:
+            guided, _ = guidance.find(args, config, epoch)
+        except UserError as e:
+            if args.epoch != "all":         # Of which one may be the guide.
+                raise
+            warn(f"epoch {epoch} is left out: {e}")
+            continue
         for seed in range(args.repeat):
             variant = (f"_seed{seed}" if seed else "") + guidance.variant(guided)
             folder = args.images or features.samples_folder(config, epoch, variant, args.sigma_rel)

@@ -40,8 +40,9 @@ def main():
 
     config, device = load_config(args.config, args.set), distributed.init()
     n_classes = config.network.label_dim
-    if args.classes and args.classes[-1] >= n_classes:
-        raise UserError(f"--classes {args.classes[-1]}: the run has {n_classes or 'no'} classes")
+    classes = args.classes or range(n_classes)
+    if args.classes and classes[-1] >= n_classes:
+        raise UserError(f"--classes {classes[-1]}: the run has {n_classes or 'no'} classes")
     epoch = distributed.on_rank0(checkpoint.find, config, args.epoch)
     guided, guide = distributed.on_rank0(guidance.find, args, config, epoch)
     dtype = flags.dtype(args.amp_dtype or args.use_amp)
@@ -50,12 +51,13 @@ def main():
     guide = guide and diffusion.deploy(load_denoiser(*guide, "ema", args.guide_sigma_rel, dtype),
                                        device, args.channels_last, args.compile)
     sampling = diffusion.Sampling(
-        args.steps, args.eta, args.clip_denoised, args.classes or range(n_classes),
-        guided["guidance"] or 1, guided["guidance_interval"] or (0, math.inf), guide)
+        args.steps, args.eta, args.clip_denoised, classes,
+        1 if guided["guidance"] is None else guided["guidance"],
+        guided["guidance_interval"] or (0, math.inf), guide)
     variant = ("_model" * (args.weights == "model") + f"_seed{args.seed}" * (args.seed > 0)
                + f"_steps{args.steps}" * (args.steps != 18) + f"_eta{args.eta:g}" * (args.eta > 0)
                + "_clip" * args.clip_denoised + guidance.variant(guided)
-               + ("_classes" + ",".join(map(str, args.classes)) if args.classes else ""))
+               + ("_classes" + ",".join(map(str, classes)) if args.classes else "")[:80])
     folder = Path(args.out or features.samples_folder(config, epoch, variant, args.sigma_rel))
     settings = {name: getattr(args, name) for name in (
         "weights", "sigma_rel", "seed", "steps", "eta", "clip_denoised", "classes")} | guided | {
@@ -71,7 +73,7 @@ def main():
                            f"in {folder} ({diffusion.processes_on(device)}), each of {cost}")
         write_images(denoiser, missing, args, sampling, folder)
         distributed.barrier()
-        distributed.on_rank0(finish, folder, args.n_samples, args.npz, sampling.classes)
+        distributed.on_rank0(finish, folder, args.n_samples, args.npz, classes)
 
 def claim(folder, settings, n_samples):
     """Note the settings; return the numbers of missing images. UserError: of other settings."""

@@ -47,13 +47,13 @@ def main():
                                                            args.batch_gpu)
     with contextlib.ExitStack() as stack:
         distributed.on_rank0(lambda: stack.enter_context(files.locked(config.save_dir)))
-        images, labels = images.to(data.placement(images.nbytes, device)), labels.to(device)
-        train(config, args, images, labels, evaluator, signals)
+        train(config, args, images, labels.to(device), evaluator, signals)
 
 def train(config, args, images, labels, evaluator, signals):
     """Train to n_epoch on images (N,C,H,W) uint8 with labels (N,) on the device, from the newest
     checkpoint in save_dir on."""
     run = Run(config, args, labels.device, images)
+    images = images.to(data.placement(images.nbytes, labels.device))
     if run.resume(args.fresh):
         return distributed.print0(f"{config.save_dir} is trained already: raise n_epoch to go on")
     log = Log(config.save_dir, run.step, is_due(config.eval_every, run))
@@ -142,7 +142,7 @@ def end_epoch(run, images, labels, evaluator, log, signals):
 class Run:
     """What a checkpoint holds: network, averages, optimizer, scaler, and the step they are at."""
     def __init__(self, config, args, device, images):
-        self.config, self.device, self.images = config, device, images
+        self.config, self.device, self.n_images = config, device, len(images)
         self.images_sha256 = data.digest(images)
         self.steps_per_epoch = len(images) // config.batch_size     # The rest is dropped.
         self.total_steps = config.n_epoch * self.steps_per_epoch
@@ -201,7 +201,7 @@ class Run:
             "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
             "step": self.step, "epoch": (self.step - 1) // self.steps_per_epoch,
             "loss_sum": distributed.all_reduce(self.loss_sum.clone()), "window": self.window,
-            "bad_steps": self.bad_steps.item(), "n_images": len(self.images),
+            "bad_steps": self.bad_steps.item(), "n_images": self.n_images,
             "images_sha256": self.images_sha256,
             "precision": self.precision, "config": self.config.model_dump()}
         if self.config.save_model:
@@ -216,7 +216,7 @@ class Run:
             return False
         state = checkpoint.load(path)
         checkpoint.check_same(self.config, state["config"], state["config"].keys() - FREE)
-        checkpoint.check_images(path, state, len(self.images), self.images_sha256)
+        checkpoint.check_images(path, state, self.n_images, self.images_sha256)
         if state["precision"] != self.precision and distributed.rank() == 0:
             warn(f"the run was trained in {state['precision']} and goes on in {self.precision}")
         checkpoint.restore(self.denoiser.net, state["network"])

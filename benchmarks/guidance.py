@@ -13,6 +13,7 @@ the digit; another one, trained on digits and their mirror images, says which ar
 import argparse
 import itertools
 import json
+import re
 import shlex
 import statistics
 import subprocess
@@ -50,9 +51,9 @@ def main():
           f"or not.\n\n| guidance | w | evaluations: network, guide | the digit asked for (%) "
           f"| mirrored (%) | FD(pixels) |\n" + "|---" * 6 + "|")
     for (w, epoch), found in rows.items():
-        kind = "none" if w == 1 else f"by epoch {epoch}" if epoch else "classifier-free"
+        kind = "none" if w == 1 else "classifier-free" if epoch is None else f"by epoch {epoch}"
         cells = [mean([row[key] for row in found]) for key in ("right", "mirrored", "FD")]
-        print(f"| {kind} | {w:g} | 35, {35 if w != 1 else 0} | {' | '.join(cells)} |")
+        print(f"| {kind} | {w:g} | {found[0]['evaluations']} | {' | '.join(cells)} |")
     if args.picture:
         draw({f"w = {w:g}": rows[w, None][0]["folder"] for w in args.weights if w in (1, 2, 4)},
              args.picture)
@@ -73,7 +74,9 @@ def measure(args, seed, w, epoch, judges):
     flags = ["--n_samples", args.n_samples] + ["--guidance", f"{w:g}"] * (w != 1)
     flags += ["--guide", f"{args.save_dir}/{seed}:{epoch}"] if epoch is not None else []
     call("train.py", args, seed)
-    folder = Path(call("sample.py", args, seed, *flags).partition("images: ")[2].split("  ")[0])
+    said = call("sample.py", args, seed, *flags)
+    folder = Path(said.partition("images: ")[2].split("  ")[0])
+    evaluations = re.search(r"each of (\d+) evaluations(?: and (\d+))?", said).groups("0")
     call("fid.py", args, seed, "--features", "pixels", *flags)
     line = (Path(args.save_dir, str(seed)) / "results.jsonl").read_text().splitlines()[-1]
     images = np.stack([np.asarray(Image.open(folder / f"{i:06d}.png"))
@@ -82,7 +85,8 @@ def measure(args, seed, w, epoch, judges):
     (digit, _), (mirror, _) = judges
     return {"right": 100 * (digit.predict(images) == asked).mean(),
             "mirrored": 100 * (mirror.predict(images) >= 10).mean(),
-            "FD": json.loads(line)["value"], "folder": folder.parent}
+            "FD": json.loads(line)["value"], "folder": folder.parent,
+            "evaluations": ", ".join(evaluations)}
 
 def judge(mirrored):
     """A classifier of digits, or of digits and, as classes 10 to 19, their mirror images: of those

@@ -43,6 +43,7 @@ def transform(images, done):
                @ diagonal((-0.2 * aniso).exp2(), (0.2 * aniso).exp2()) @ rotation(-axis))
     y, x = (torch.arange(n, device=done.device) - (n - 1) / 2 for n in (H, W))
     target = torch.cartesian_prod(y, x).flip(1) - torch.stack([dx * W, dy * H], 1)[:, None] / 8
-    source = target @ inverse.mT * 2 / target.new_tensor([W, H])
-    return grid_sample(images, source.view(-1, H, W, 2), mode="bicubic",
-                       padding_mode="reflection", align_corners=False)
+    x, y = (target @ inverse.mT).view(-1, H, W, 2).unbind(3)
+    source = torch.stack([x * (2 / W), y * (2 / H)], dim=3)         # The image is -1 to 1.
+    return grid_sample(images, source, mode="bicubic", padding_mode="reflection",
+                       align_corners=False)

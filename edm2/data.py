@@ -39,7 +39,8 @@ def load(config, train=True):
     for key, wanted in (("classes", config.classes), ("network.label_dim", label_dim or None)):
         if train and wanted not in (None, n_classes):
             raise UserError(f"{key} is {wanted}, but {where} has {n_classes or 'no'} classes")
-    if label_dim and not 0 <= labels.min() <= labels.max() < label_dim:
+    found = labels.unique().tolist()
+    if label_dim and (found[0] < 0 or found[-1] >= label_dim or len(found) < label_dim * train):
         raise UserError(f"{where} has other labels than the {label_dim} of network.label_dim")
     return images, labels
 
@@ -227,17 +228,20 @@ def draw(config, step, images, labels, batch_gpu):
     noise = torch.randn(B, *images.shape[1:], generator=g, device=device)
     flip = torch.rand(B, generator=g, device=device) < (0.5 if config.flip else 0)
     dropped = torch.rand(B, generator=g, device=device) < config.label_dropout
-    done = augmentation.draw(B, config.augment, g) if config.augment else torch.zeros(B, 0)
-    index, level, noise, flip, dropped, done = (
-        drawn.chunk(distributed.world_size())[distributed.rank()]
-        for drawn in (index, level, noise, flip, dropped, done))
-    y = batch(images, index, device, None if config.augment else flip)
-    y = augmentation.transform(y, done) if config.augment else y
+
+    def mine(drawn):
+        return drawn.chunk(distributed.world_size())[distributed.rank()]
+
+    index, level, noise, flip, dropped = map(mine, (index, level, noise, flip, dropped))
     labels = torch.where(dropped, -1, labels[index.to(device)])
-    passes = [part.split(batch_gpu) for part in (y, level, noise, labels)]
-    passes.append(augmentation.numbers(done).split(batch_gpu) if config.augment else
-                  [None] * len(passes[0]))
-    return list(zip(*passes, strict=True))
+    if config.augment:
+        done = mine(augmentation.draw(B, config.augment, g))
+        y = augmentation.transform(batch(images, index, device), done)
+        told = augmentation.numbers(done).split(batch_gpu)
+    else:
+        y, told = batch(images, index, device, flip), [None] * (len(index) // batch_gpu)
+    return list(zip(*(part.split(batch_gpu) for part in (y, level, noise, labels)), told,
+                    strict=True))
 
 def batch(images, index, device, flip=None):
     """Images number `index` (B,) of a data set (N,C,H,W) uint8, as (B,C,H,W) float32 in [-1,1] on

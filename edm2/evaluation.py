@@ -16,8 +16,9 @@ def sample_grid(denoiser, images, labels, config, epoch):
     numbers, n_columns = image_files.layout(config.n_sample, denoiser.label_dim)
     n, device = len(numbers), next(denoiser.parameters()).device
     samples = torch.zeros(n, *images.shape[1:], dtype=torch.uint8, device=device)
-    for part in torch.arange(distributed.rank(), n, distributed.world_size()).split(CHUNK):
-        samples[part] = diffusion.generate(denoiser, [numbers[i] for i in part], config.seed)
+    mine = range(distributed.rank(), n, distributed.world_size())
+    for part in (mine[i:i + CHUNK] for i in range(0, len(mine), CHUNK)):
+        samples[list(part)] = diffusion.generate(denoiser, [numbers[i] for i in part], config.seed)
     classes = range(n // n_columns) if denoiser.label_dim else ()
     real = [(labels.cpu() == i).nonzero()[:, 0].repeat(n_columns)[:n_columns] for i in classes]
     real = torch.cat(real or [torch.arange(0, len(images), max(1, len(images) // n))[:n]])

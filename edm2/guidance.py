@@ -1,5 +1,4 @@
-"""Guidance on the command line: for sample.py, which guides, and fid.py, which finds its samples.
-D_ref + w·(D - D_ref) itself is in diffusion.py."""
+"""Guidance on the command line: for sample.py, which guides, and fid.py, which scores that."""
 
 from argparse import ArgumentTypeError
 from pathlib import Path
@@ -25,12 +24,10 @@ def add_flags(p):
 
 def interval(text):
     """An argparse type: two noise levels, the lower one first."""
-    try:
-        low, high = map(flag(NotNegative), text.split(","))
-        assert low < high
-    except (ValueError, AssertionError):
-        raise ArgumentTypeError(f"say LO,HI with LO below HI, not {text!r}") from None
-    return [low, high]
+    ends = [flag(NotNegative)(item) for item in text.split(",")]
+    if len(ends) != 2 or ends[0] >= ends[1]:
+        raise ArgumentTypeError(f"say LO,HI with LO below HI, not {text!r}")
+    return ends
 
 def words(args):
     """The flags as they were given, for a command line."""
@@ -46,16 +43,17 @@ def find(args, config, epoch):
     if args.guidance in (None, 1):
         return dict.fromkeys(("guidance", "guidance_interval", "guide")), None
     guide, made = None, None
-    if args.guide or args.guide_sigma_rel:
-        guide = find_run(args.guide) if args.guide else (config, epoch)
+    if args.guide is not None or args.guide_sigma_rel:
+        guide = (config, epoch) if args.guide is None else find_run(args.guide)
         for name in ("image_shape", "label_dim"):
             here, there = (getattr(one.network, name) for one in (config, guide[0]))
             if here != there:
                 raise UserError(f"--guide {args.guide}: its network.{name} is {there}, here {here}")
         of, own = (files.sha256(checkpoint.path_of(*one)) for one in (guide, (config, epoch)))
-        if (of, args.guide_sigma_rel) == (own, args.sigma_rel):
-            raise UserError(f"--guide {args.guide} is the network itself: name another one")
-        made = {"epoch": guide[1], "sigma_rel": args.guide_sigma_rel, "checkpoint_sha256": of}
+        if (of, args.guide_sigma_rel) == (own, args.sigma_rel) and args.weights != "model":
+            raise UserError("the guide is the network itself: name another run, epoch or EMA")
+        made = {"run": Path(guide[0].save_dir).name, "epoch": guide[1], "checkpoint_sha256": of,
+                "sigma_rel": args.guide_sigma_rel}
     elif not (config.network.label_dim and config.label_dropout):
         raise UserError("--guidance without --guide or --guide_sigma_rel is classifier-free: it "
                         "needs a run with network.label_dim and label_dropout above 0")
@@ -70,12 +68,12 @@ def find_run(name):
         config = load_config(path)
         return config, checkpoint.find(config, epoch)
     place = SimpleNamespace(save_dir=path, n_epoch=None)
-    saved = checkpoint.load(checkpoint.path_of(place, checkpoint.find(place)))["config"]
+    epoch = checkpoint.find(place, epoch)
+    saved = checkpoint.load(checkpoint.path_of(place, epoch))["config"]
     try:
-        config = Config.model_validate(saved | {"save_dir": path})
+        return Config.model_validate(saved | {"save_dir": path}), epoch
     except ValidationError as e:
         raise UserError(f"--guide {path}: {explain(e)}") from None
-    return config, checkpoint.find(config, epoch)
 
 def variant(made):
     """Settings of guidance in the name of the samples' folder; nothing for no guidance."""

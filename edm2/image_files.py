@@ -102,7 +102,7 @@ def save_png(image, path):
     with files.atomic(path) as temporary:
         Image.fromarray(pixels[..., 0] if len(image) == 1 else pixels).save(temporary, "PNG")
 
-def layout(n, n_classes, n_images=math.inf):
+def layout(n, n_classes, n_images=10**9):
     """Which of n_images samples, of which number i has class i % n_classes, a grid of at most n
     shows: their numbers, row by row, and how many are in a row. With classes a row is one of them:
     the first ones, where there are more than 16."""

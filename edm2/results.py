@@ -16,6 +16,7 @@ from importlib import metadata
 from pathlib import Path
 from edm2 import diffusion, distributed, dynamics, files, frechet, guidance
 from edm2.errors import UserError, command, warn
+from edm2.image_files import some
 
 NAMES = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "tinyimagenet": "Tiny ImageNet"}
 # The samples that the table compares.
@@ -42,18 +43,17 @@ def main():
     if args.dynamics:
         records = dynamics.read(args.dynamics)
         name, text, rows = "dynamics", dynamics.table(records), dynamics.curves(records)
-    elif args.ema:
-        name, x_label, text = "ema", "relative EMA length, sigma_rel", ""
-        rows = {"score": along(args.ema, "sigma_rel", args.figure)}
-    elif args.guidance:
-        name, x_label, text = "guidance", "weight of guidance", ""
-        rows = {"score": along(args.guidance, "guidance", args.figure)}
+    elif run := args.ema or args.guidance:
+        name, setting = ("ema", "sigma_rel") if args.ema else ("guidance", "guidance")
+        x_label = "relative EMA length, sigma_rel" if args.ema else "weight of guidance"
+        text, rows = "", {"score": along(run, setting, args.figure)}
     else:
-        results = {run: read(run) for folder in args.runs or ["runs"] for run in scored(folder)}
+        runs = [run for folder in args.runs or ["runs"] for run in scored(folder)]
+        results = {run: lines for run in runs if (lines := read(run))}
         shown = {line["figure"] for lines in results.values() for line in lines}
         metrics = sorted(filter(is_distance, shown), reverse=True) + ["probe"] * ("probe" in shown)
         if not metrics:
-            raise UserError(f"{', '.join(results)}: no FID and no probe accuracy there yet")
+            raise UserError(f"{', '.join(runs)}: no FID and no probe accuracy there yet")
         text, rows = table(results, metrics), {"score": by_images(results, metrics)}
     print(text)
     figure, out = draw(rows, x_label, log=bool(args.dynamics)), args.out or f"{name}.png"
@@ -86,9 +86,10 @@ def scored(folder):
     raise UserError(f"no results.jsonl in or below {folder}: use fid.py or probe.py first")
 
 def read(run, standard=STANDARD):
-    """A run's results of the `standard` settings, the latest of each thing. UserError: none."""
+    """A run's results of the `standard` settings, the latest of each thing."""
     def check(line):
-        line["sampling"] = {"sigma_rel": line.get("sigma_rel")} | (line.get("sampling") or {})
+        made = {"sigma_rel": line.get("sigma_rel")} | (line.get("sampling") or {})
+        line["sampling"] = STANDARD | made
         line["key"] = str([*(line.get(key) for key in (
             "timestep", "passes", "linear", "images_sha256", "weights_sha256")), *(
             line[key] for key in ("figure", "epoch", "n", "features", "seeds", "sampling"))])
@@ -97,17 +98,16 @@ def read(run, standard=STANDARD):
         if not all(math.isfinite(line[name]) for name in ("value", "Mimg", "epoch", "n")):
             raise ValueError
 
-    path, found = Path(run) / "results.jsonl", {}
+    path, found, left_out = Path(run) / "results.jsonl", {}, []
     for line in dynamics.read_lines(path, check, "score the run with fid.py or probe.py first"):
         made = line["sampling"]
         if other := {name: made[name] for name, value in standard.items()
                      if made.get(name, value) != value}:
-            warn(f"{path}: left out, of other sampling settings: {line['figure']} "
-                 f"{line['value']:.6g} @ {line['epoch']}, {other}")
+            left_out.append(f"{line['figure']} {line['value']:.6g} @ {line['epoch']}, {other}")
         else:
             found[line["key"]] = line
-    if not found:
-        raise UserError(f"{path} holds no results of these settings")
+    if left_out:
+        warn(f"{path}: left out, of other sampling settings: {some(left_out, 1)}")
     return list(found.values())
 
 def is_distance(metric):

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import NETS, distance, refused, results, succeed, tiny_config, weights
+from conftest import NETS, distance, refused, results, run, succeed, tiny_config, weights
 from PIL import Image
 from edm2 import data, diffusion, evaluation, guidance, image_files, linear_probe
 from edm2.config import Diffusion, load_config
@@ -213,9 +213,9 @@ def test_guided_images_do_not_depend_on_processes_and_batches(
 
 def test_guided_samples_are_scored_and_drawn(conditional, flags, unguided, tmp_path):
     """By the same flags or --images; results know the setting, and the table has none of them."""
-    run = conditional / "run"
+    save_dir = conditional / "run"
     how = ["fid.py", *flags, "--features", "pixels"]
-    sets = [["--guidance", 2], ["--guidance", 3], ["--guidance", 2, "--guide", f"{run}:0"],
+    sets = [["--guidance", 2], ["--guidance", 0], ["--guidance", 2, "--guide", f"{save_dir}:0"],
             ["--guidance", 2, "--guidance_interval", "0.2,5", "--guide",
              conditional / "config.yaml", "--guide_sigma_rel", 0.2]]
     refused(*how, *sets[0], words=["--guidance 2.0", "make them with: python sample.py"])
@@ -224,22 +224,22 @@ def test_guided_samples_are_scored_and_drawn(conditional, flags, unguided, tmp_p
         folder = re.search("images: (.*)/images", succeed("sample.py", *flags, *more))[1]
         assert Path(folder).name.startswith(f"3_guidance{more[1]}")
         assert succeed(*how, *more).splitlines()[-1].split(":")[0].startswith("FD(pixels)")
-    first, *lines = results(run)
+    first, *lines = results(save_dir)
     assert first["sampling"]["guidance"] is None
-    assert [line["sampling"]["guidance"] for line in lines] == [2, 3, 2, 2]
+    assert [line["sampling"]["guidance"] for line in lines] == [2, 0, 2, 2]
     assert [line["sampling"]["guide"] and line["sampling"]["guide"]["epoch"] for line in lines] == [
         None, None, 0, 3]
     assert lines[3]["sampling"]["guidance_interval"] == [0.2, 5]
     out = re.search("images: (.*)/images", succeed("sample.py", *flags, *sets[0]))[1]
     same = succeed("fid.py", *flags[:2], "--features", "pixels", "--images", out)
     assert same.splitlines()[-1].split()[1].rstrip(":") == f"{lines[0]['value']:.6g}"
-    table = succeed("results.py", run, "--out", tmp_path / "a.png")
+    table = succeed("results.py", save_dir, "--out", tmp_path / "a.png")
     assert f"{first['value']:.2f} @ 3" in table and f"{lines[0]['value']:.2f} " not in table
-    succeed("results.py", "--guidance", run, "--out", tmp_path / "b.png")
+    succeed("results.py", "--guidance", save_dir, "--out", tmp_path / "b.png")
     assert Image.open(tmp_path / "b.png").width > 500
-    (curves,) = along(run, "guidance", None).values()
+    (curves,) = along(save_dir, "guidance", None).values()
     (title, points), *others = curves.items()
-    assert title == "epoch 3, classifier-free" and sorted(x for x, _ in points) == [1, 2, 3]
+    assert title == "epoch 3, classifier-free" and sorted(x for x, _ in points) == [0, 1, 2]
     assert [sorted(x for x, _ in points) for _, points in others] == [[1, 2], [1, 2]]
     assert "guide0" in others[0][0] and "interval0.2-5" in others[1][0] and "ema0.2" in others[1][0]
 
@@ -250,6 +250,15 @@ def test_unconditional_runs_are_autoguided(trained, tmp_path):
     assert "35 of the guide" in out and np.abs(plain - guided).max() > 20
     settings = json.loads((tmp_path / "b" / "settings.json").read_text())
     assert settings["guide"]["epoch"] == 1 and settings["guide"]["sigma_rel"] is None
+    assert settings["guide"]["run"] == "run" and settings["guidance"] == 2
+    # Of all epochs those that have samples, and are not the guide.
+    how = ["fid.py", *flags[:2], "--features", "pixels", "--epoch", "all", "--guidance", 3,
+           "--set", f"save_dir={shutil.copytree(trained / 'run', tmp_path / 'run')}",
+           "--guide", f"{tmp_path}/run:1"]
+    succeed("sample.py", *flags, *how[7:], "--epoch", 2)
+    done = run(*how)
+    assert done.returncode == 0 and done.stdout.count("FD(pixels)") == 1
+    assert "epoch 1 is left out: the guide is the network itself" in done.stderr
 
 def test_the_probe_gives_no_label_and_the_held_out_loss_the_true_one(conditional, monkeypatch):
     config, seen = load_config(conditional / "config.yaml"), []
@@ -307,6 +316,7 @@ def test_what_cannot_be_is_one_line(conditional, trained, flags, tmp_path):
     refused(*guide, tmp_path, words=["no checkpoints in", tmp_path])
     refused(*guide, tmp_path / "no.yaml", words=["cannot read", "no.yaml"])
     refused(*guide, f"{conditional}/run:3", words=["is the network itself"])
+    refused(*guide, "", words=["no checkpoints"])
     big = tiny_config(tmp_path, "UNetG", dataset="folder", data_root=str(tmp_path), network={
         "image_shape": [1, 16, 16], **CLASSES})
     shutil.copytree(conditional / "run" / "ckpts", tmp_path / "run" / "ckpts")
@@ -320,18 +330,22 @@ def test_what_cannot_be_is_one_line(conditional, trained, flags, tmp_path):
     own = tiny_config(tmp_path, dataset="folder", data_root=str(folder), batch_size=1,
                       network={"label_dim": 2}, save_dir=str(tmp_path / "b"))
     refused("train.py", "--config", own, words=["network.label_dim is 2", "no classes"])
+    own = tiny_config(tmp_path, dataset="folder", data_root=str(tmp_path / "train.npz"),
+                      batch_size=2, network={"label_dim": 3}, save_dir=str(tmp_path / "c"))
+    np.savez(tmp_path / "train.npz", np.zeros((4, 8, 8, 1), np.uint8), labels=[0, 2, 2, 0])
+    refused("train.py", "--config", own, words=["other labels than the 3", "label_dim"])
     # Another label_dim, label_dropout or augmentation than the checkpoint's.
     for key in ("network.label_dim=0", "label_dropout=0.5", "augment=0.5"):
         refused("sample.py", *flags, "--set", key, words=[key.split("=")[0], "there"])
 
 def test_a_checkpoint_from_before_labels_is_taken(trained, tmp_path):
-    run = shutil.copytree(trained / "run", tmp_path / "run")
-    path = run / "ckpts" / "model_3.pth"
+    copy = shutil.copytree(trained / "run", tmp_path / "run")
+    path = copy / "ckpts" / "model_3.pth"
     state = torch.load(path, weights_only=True)
     del state["config"]["network"]["label_dim"], state["config"]["label_dropout"]
     del state["config"]["augment"]
     torch.save(state, path)
-    flags = ["--config", trained / "config.yaml", "--set", f"save_dir={run}"]
+    flags = ["--config", trained / "config.yaml", "--set", f"save_dir={copy}"]
     succeed("sample.py", *flags, "--n_samples", 4)
     succeed("train.py", *flags, "--set", "n_epoch=5")
     refused("sample.py", *flags, "--epoch", 3, "--set", "augment=0.1", words=["augment 0"])
