@@ -2,7 +2,9 @@
 
     python benchmarks/guidance.py --seeds 3 --epochs 10
     python benchmarks/guidance.py --seeds 3 --weights 1 --set augment=0.12 --save_dir runs/augmented
-    python benchmarks/guidance.py --seeds 1 --picture docs/guidance.png         (make guidance)
+    python benchmarks/guidance.py --seeds 1 --n_samples 500 --picture docs/guided.png
+
+The last is of make guidance; docs/guidance.md has the results of the others.
 
 Trains config/digits/G_cond.yaml with each seed, samples with every weight of classifier-free
 guidance and of autoguidance by the run's own epochs, by train.py, sample.py and fid.py, which make

@@ -66,8 +66,8 @@ class Waits(TorchDispatchMode):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("net_type", NETS)
 def test_nothing_waits_between_figures(tmp_path, net_type, dtype):
-    """Seen on the CPU, where numbers fetched can be told, from the end of step 2 to that of step 3.
-    ema_pytorch's counters are on the CPU."""
+    """Seen on the CPU, where numbers fetched can be told, from the end of step 2 to that of step 3,
+    with labels and augmentation. ema_pytorch's counters are on the CPU."""
     waits = Waits()
 
     def after(run):
@@ -78,7 +78,7 @@ def test_nothing_waits_between_figures(tmp_path, net_type, dtype):
         elif run.step == 3:
             waits.__exit__(None, None, None)
 
-    train_steps(tmp_path, net_type, dtype, 4, after=after)
+    train_steps(tmp_path, net_type, dtype, 4, after=after, augment=0.5, network={"label_dim": 10})
     assert waits.found == []
     with waits:                                     # It would see one.
         torch.ones(1).item()
@@ -88,8 +88,9 @@ def test_nothing_waits_between_figures(tmp_path, net_type, dtype):
 @pytest.mark.parametrize("net_type", NETS)
 def test_compiling_and_recording_change_nothing(tmp_path, net_type, dtype):
     """Weights and averages are bitwise the same, dropout included. Network and loss are compiled to
-    one graph, once, without a break, whether or not a step is recorded."""
-    graphs, states = [], []
+    one graph, once, without a break, whether or not a step is recorded, with labels and
+    augmentation too."""
+    graphs, states, more = [], [], {"augment": 0.3} if dtype else {}
 
     def backend(graph, inputs):
         graphs.append(graph)
@@ -99,7 +100,7 @@ def test_compiling_and_recording_change_nothing(tmp_path, net_type, dtype):
     counters.clear()
     for every, begin in ((0, id), (2, id), (2, lambda run: run.denoiser.compile(backend=backend))):
         run = train_steps(tmp_path, net_type, dtype, 4, begin, dynamics_every=every,
-                          network={"dropout": 0.3})
+                          network={"dropout": 0.3, "label_dim": 10 if dtype else 0}, **more)
         averaged = run.averages.denoiser
         states.append(run.denoiser.state_dict() | averaged.state_dict(prefix="ema."))
     for other in states[1:]:
