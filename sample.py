@@ -67,8 +67,8 @@ def main():
     with contextlib.ExitStack() as stack:
         distributed.on_rank0(lambda: stack.enter_context(files.locked(folder)))
         missing = distributed.on_rank0(claim, folder, settings, args.n_samples)
-        cost = f"{asked} evaluations" + (
-            f" and {of} {'of the guide' if guide else 'without label'}" if of else "")
+        cost = f"{asked} evaluations"
+        cost += f" and {of} {'of the guide' if guide else 'without label'}" if of else ""
         distributed.print0(f"epoch {epoch}: {len(missing):,} of {args.n_samples:,} images to make "
                            f"in {folder} ({diffusion.processes_on(device)}), each of {cost}")
         write_images(denoiser, missing, args, sampling, folder)

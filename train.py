@@ -50,8 +50,7 @@ def main():
         train(config, args, images, labels.to(device), evaluator, signals)
 
 def train(config, args, images, labels, evaluator, signals):
-    """Train to n_epoch on images (N,C,H,W) uint8 with labels (N,) on the device, from the newest
-    checkpoint in save_dir on."""
+    """Train to n_epoch on images (N,C,H,W) uint8, labels (N,), from the newest checkpoint on."""
     run = Run(config, args, labels.device, images)
     images = images.to(data.placement(images.nbytes, labels.device))
     if run.resume(args.fresh):

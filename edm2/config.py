@@ -103,7 +103,7 @@ class Config(Section):
     network: Network = Network()
     # Probability that a training image loses its label; default: 0.1, without label_dim 0.
     label_dropout: Unit = Field(
-        default_factory=lambda known: 0.1 if known["network"].label_dim else 0.0)
+        default_factory=lambda known: 0.1 if known.get("network", Network()).label_dim else 0.0)
     diffusion: Diffusion = Diffusion()
     # Training.
     n_epoch: Count

@@ -30,6 +30,7 @@ def load(config, train=True):
         arrays = np.ascontiguousarray(images), np.array(labels, np.int64)
         if path:
             files.write_cache(path.with_suffix(".npy"), arr=arrays[0])
+        if path and path.with_suffix(".npy").exists():
             files.write_cache(path, labels=arrays[1], sha256=digest(torch.from_numpy(arrays[0])))
         arrays = read_kept(path) or arrays
     images, labels = map(torch.from_numpy, arrays)

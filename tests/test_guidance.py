@@ -206,7 +206,7 @@ def test_guided_images_do_not_depend_on_processes_and_batches(
     out, images = sample(tmp_path / "1", flags, "--guidance", 2, *guide)
     assert f"each of 35 evaluations and 35 {of}\n" in out
     assert np.abs(images - read(unguided)).max() > 5
-    for size, processes in ((5, None), (7, 2))[:1 if guide else 2]:
+    for size, processes in ((5, None), (7, 2)):
         _, found = sample(tmp_path / str(size), flags, "--guidance", 2, *guide, "--batch_gpu",
                           size, processes=processes)
         assert np.abs(found - images).max() <= 1
