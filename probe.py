@@ -37,10 +37,11 @@ def main():
     with distributed.rank0_first():
         train, test = data.load(config), data.load(config, train=False)
     sets, sha256 = {linear_probe.TRAIN: train, linear_probe.TEST: test}, data.digest(train[0])
-    dtype = flags.dtype(args.amp_dtype or args.use_amp)
+    flags.resolve(args, device)
+    distributed.print0(f"{diffusion.processes_on(device)}; {flags.precision(args.amp_dtype)}")
     for epoch in epochs:
         start, trained_on = time.perf_counter(), (len(train[0]), sha256)
-        denoiser = load_denoiser(config, epoch, "ema", args.sigma_rel, dtype, trained_on)
+        denoiser = load_denoiser(config, epoch, "ema", args.sigma_rel, args.amp_dtype, trained_on)
         denoiser = diffusion.deploy(denoiser, device, args.channels_last, args.compile)
         probe = linear_probe.Probe(config, denoiser, sets, args.seed, args.passes, args.batch_gpu)
         table = np.array([probe.accuracies(timestep, blocks) for timestep in timesteps])
@@ -49,7 +50,7 @@ def main():
                 "figure": "probe", "n": len(test[0]), "n_reference": len(train[0]), "epoch": epoch,
                 "images_sha256": sha256, "seeds": [args.seed], "passes": args.passes,
                 "linear": config.linear.model_dump(), "weights": "ema",
-                "sigma_rel": args.sigma_rel, "precision": flags.precision(dtype),
+                "sigma_rel": args.sigma_rel, "precision": flags.precision(args.amp_dtype),
                 "seconds": time.perf_counter() - start})
 
 def report(config, table, timesteps, widths, device, common):

@@ -45,11 +45,12 @@ def main():
         raise UserError(f"--classes {classes[-1]}: the run has {n_classes or 'no'} classes")
     epoch = distributed.on_rank0(checkpoint.find, config, args.epoch)
     guided, guide = distributed.on_rank0(guidance.find, args, config, epoch)
-    dtype = flags.dtype(args.amp_dtype or args.use_amp)
-    denoiser = load_denoiser(config, epoch, args.weights, args.sigma_rel, dtype)
+    flags.resolve(args, device)
+    denoiser = load_denoiser(config, epoch, args.weights, args.sigma_rel, args.amp_dtype)
     denoiser = diffusion.deploy(denoiser, device, args.channels_last, args.compile)
-    guide = guide and diffusion.deploy(load_denoiser(*guide, "ema", args.guide_sigma_rel, dtype),
-                                       device, args.channels_last, args.compile)
+    if guide:
+        guide = load_denoiser(*guide, "ema", args.guide_sigma_rel, args.amp_dtype)
+        guide = diffusion.deploy(guide, device, args.channels_last, args.compile)
     sampling = diffusion.Sampling(
         args.steps, args.eta, args.clip_denoised, classes,
         1 if guided["guidance"] is None else guided["guidance"],
@@ -62,7 +63,7 @@ def main():
     settings = {name: getattr(args, name) for name in (
         "weights", "sigma_rel", "seed", "steps", "eta", "clip_denoised", "classes")} | guided | {
         "checkpoint_sha256": files.sha256(checkpoint.path_of(config, epoch)), "epoch": epoch,
-        "precision": flags.precision(dtype), **config.model_dump(include={"diffusion"})}
+        "precision": flags.precision(args.amp_dtype), **config.model_dump(include={"diffusion"})}
     asked, of = sampling.evaluations(config.diffusion)
     with contextlib.ExitStack() as stack:
         distributed.on_rank0(lambda: stack.enter_context(files.locked(folder)))
@@ -70,7 +71,8 @@ def main():
         cost = f"{asked} evaluations"
         cost += f" and {of} {'of the guide' if guide else 'without label'}" if of else ""
         distributed.print0(f"epoch {epoch}: {len(missing):,} of {args.n_samples:,} images to make "
-                           f"in {folder} ({diffusion.processes_on(device)}), each of {cost}")
+                           f"in {folder} ({diffusion.processes_on(device)}; "
+                           f"{settings['precision']}), each of {cost}")
         write_images(denoiser, missing, args, sampling, folder)
         distributed.barrier()
         distributed.on_rank0(finish, folder, args.n_samples, args.npz, classes)

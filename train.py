@@ -29,8 +29,10 @@ def main():
                    help="stop after step N, unsaved: for a quick look at speed and memory")
     args = p.parse_args()
     config, device = load_config(args.config, args.set), distributed.init()
-    dtype, sigma_data = flags.dtype(args.amp_dtype or args.use_amp), config.diffusion.sigma_data
-    diffusion.describe(config, device, flags.precision(dtype))
+    flags.resolve(args, device)
+    diffusion.describe(config, device, flags.precision(args.amp_dtype))
+    if args.dry_run or device.type == "cuda":
+        diffusion.describe_memory(config, device, args)
     if args.dry_run:
         return
     signals = distributed.Signals()
@@ -39,6 +41,7 @@ def main():
     if config.batch_size > len(images):
         raise UserError(f"batch_size {config.batch_size} is more than the {len(images)} images")
     # sigma_data is meant to be the RMS of the pixels (EDM Table 1).
+    sigma_data = config.diffusion.sigma_data
     rms = data.to_float(images[::max(1, len(images) // 5000)]).square().mean().sqrt().item()
     distributed.print0(words := f"RMS of the pixels {rms:.3f}, sigma_data {sigma_data:g}")
     if abs(rms - sigma_data) > 0.2 * sigma_data and distributed.rank() == 0:
@@ -146,20 +149,17 @@ class Run:
         self.steps_per_epoch = len(images) // config.batch_size     # The rest is dropped.
         self.total_steps = config.n_epoch * self.steps_per_epoch
         self.batch_process = config.batch_size // distributed.world_size()
-        # Passes of one size, at most --batch_gpu: torch.compile then sees one shape.
-        largest = min(args.batch_gpu or self.batch_process, self.batch_process)
-        self.batch_gpu = next(n for n in range(largest, 0, -1) if self.batch_process % n == 0)
+        self.batch_gpu = diffusion.split(self.batch_process, args.batch_gpu or self.batch_process)
         self.step, self.window = 0, 0           # Steps done, and those before loss_sum begins.
         self.loss_sum = torch.zeros(2, device=device)               # Weighted and unweighted.
         self.bad_steps = torch.zeros([], dtype=torch.int64, device=device)      # In a row.
         self.next_save = time.monotonic() + 60 * config.save_minutes
-        amp_dtype = flags.dtype(args.amp_dtype or args.use_amp)
-        self.precision = flags.precision(amp_dtype)
+        self.precision = flags.precision(args.amp_dtype)
         torch.manual_seed(config.seed)
-        self.denoiser = diffusion.build(config, amp_dtype).to(device)
+        self.denoiser = diffusion.build(config, args.amp_dtype).to(device)
         if args.channels_last:
             self.denoiser.to(memory_format=torch.channels_last)
-        if args.compile if args.compile is not None else device.type == "cuda":
+        if args.compile:
             self.denoiser.compile()
         self.model = self.denoiser if distributed.world_size() == 1 else DistributedDataParallel(
             self.denoiser, broadcast_buffers=False, gradient_as_bucket_view=True)
@@ -167,7 +167,8 @@ class Run:
         self.optimizer = getattr(torch.optim, config.optim)(
             self.denoiser.parameters(), lr=config.lrate, fused=True,
             **config.optim_args.model_dump(exclude_none=True))
-        self.scaler = torch.amp.GradScaler(device.type, 64.0, enabled=amp_dtype == torch.float16)
+        self.scaler = torch.amp.GradScaler(device.type, 64.0,
+                                           enabled=args.amp_dtype == torch.float16)
 
     def count_step(self, grad_norm):
         """One step more. NaN and Inf gradients are counted; a count of MAX_BAD_STEPS stays."""

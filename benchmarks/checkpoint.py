@@ -12,8 +12,9 @@ import statistics
 import sys
 import tempfile
 import time
+from types import SimpleNamespace
 import torch
-from sides import ROOT, flags, machine
+from sides import ROOT, machine
 import train
 from edm2 import checkpoint, distributed
 from edm2.config import load_config
@@ -37,7 +38,8 @@ def measure(name, folder, rounds):
     """Print the row of one config."""
     config = load_config(ROOT / "config" / f"{name}.yaml", [f"save_dir={folder}"])
     images = torch.zeros(config.batch_size, *config.network.image_shape, dtype=torch.uint8)
-    run = train.Run(config, flags(), distributed.init(), images)
+    flags = SimpleNamespace(amp_dtype=None, compile=False, channels_last=True, batch_gpu=None)
+    run = train.Run(config, flags, distributed.init(), images)
     for p in run.denoiser.parameters():
         p.grad = torch.randn_like(p)
     run.optimizer.step()                    # It has its moments then, which are most of the file.

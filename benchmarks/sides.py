@@ -3,7 +3,6 @@ benchmarks share."""
 
 import contextlib
 import inspect
-import math
 import multiprocessing
 import resource
 import statistics
@@ -12,13 +11,13 @@ import time
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
-from types import SimpleNamespace
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 import torch
-from edm2 import diffusion, distributed
+from edm2 import distributed
+from edm2.machine import device_name
 
 @dataclass
 class Timing:
@@ -167,15 +166,10 @@ def table(timings, against, columns):
 
 def machine():
     """The device, processor, versions and day, as they stand above a table."""
-    words = [diffusion.device_name(distributed.init()), f"torch {torch.__version__}",
-             str(date.today())]
+    words = [device_name(distributed.init()), f"torch {torch.__version__}", str(date.today())]
     with contextlib.suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        words[1:1] = [line.partition(":")[2].strip() for line in lines
-                      if line.startswith("model name")][:1]
+        text = Path("/proc/cpuinfo").read_text()
+        has = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in text]
+        words[1:1] = [f"{line.partition(':')[2].strip()} ({' '.join(has)})"
+                      for line in text.splitlines() if line.startswith("model name")][:1]
     return ", ".join(words)
-
-def flags(amp_dtype=None, compiled=None):
-    """The flags of train.py, at their defaults but for these."""
-    return SimpleNamespace(use_amp=bool(amp_dtype), amp_dtype=amp_dtype, compile=compiled,
-                           channels_last=True, batch_gpu=None, fresh=False, max_steps=math.inf)

@@ -29,6 +29,7 @@ import train
 from edm2 import checkpoint, data, diffusion, distributed, evaluation
 from edm2.config import load_config
 from edm2.errors import UserError, command
+from edm2.machine import cores
 from edm2.posthoc_ema import load_denoiser
 
 LENGTHS = (0.05, 0.10, 0.18)      # sigma_rel of the post-hoc EMAs, beside the plain one.
@@ -83,7 +84,7 @@ def main():
     p.add_argument("--samples", type=int, default=500, help="of FD(pixels)")
     p.add_argument("--only", nargs="+", metavar="NAME",
                    help="variants that are so called or begin so (default: all)")
-    p.add_argument("--jobs", type=int, default=distributed.cores(), help="runs at a time")
+    p.add_argument("--jobs", type=int, default=cores(), help="runs at a time")
     p.add_argument("--amp_dtype", choices=["float16", "bfloat16"])
     p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE",
                    help="override a key in all runs")

@@ -27,9 +27,10 @@ import time
 from pathlib import Path
 from unittest import mock
 import torch
-from sides import ROOT, alternate, flags, machine, ratios, times_faster
+from sides import ROOT, alternate, machine, ratios, times_faster
 from edm2 import diffusion, distributed, dynamics
 from edm2.config import load_config
+from edm2.machine import peak_flops
 
 N_TRAIN = {"digits": 1437, "tinyimagenet": 100_000}     # Images; of the others 50,000.
 # No output and no evaluation; the sample grid of epoch 0, which is not timed, as small as can be.
@@ -78,7 +79,7 @@ def main():
 
     print(f"`{shlex.join(['python', *sys.argv])}`, {machine()}; a matrix product reaches "
           f"{reached / 1e12:.3g} TFLOP/s\n")
-    peak = diffusion.peak_flops(distributed.init()) if amp_dtype else None
+    peak = peak_flops(distributed.init()) if amp_dtype else None
     print("| side | parameters | batch | step, median (s) | least to most | img/s | TFLOP/s "
           "| of a matrix product's | MFU | peak memory (GB) | page faults "
           "| times faster than plain |\n" + "|---" * 12 + "|")
@@ -176,8 +177,6 @@ def fast(tree, name, overrides, amp_dtype, compiled=None):
                 getattr(module, "__file__", None) or "/").parent in (ROOT, ROOT / "edm2")]:
             del sys.modules[module]
         sys.path.insert(0, str(tree))
-    if not (tree / "edm2").is_dir():
-        return before_edm2(path, [*overrides, *QUIET], flags(amp_dtype, compiled))
     import train
     from edm2 import data, distributed
     argv = ["train.py", "--config", str(path), *(["--compile"] if compiled else [])]
@@ -196,20 +195,6 @@ def fast(tree, name, overrides, amp_dtype, compiled=None):
             with mock.patch.object(sys, "argv", [*argv, *words]):
                 train.main()
     return run
-
-def before_edm2(path, overrides, args):
-    """The step of a checkout whose modules lie flat beside train.py."""
-    import data
-    import options
-    import runtime
-    import train
-    config, rt = options.load_config(path, overrides), runtime.start()
-    B, shape = config["batch_size"], config["network"]["image_shape"]
-    t = train.Training(config, args, rt, data.to_device(random_images(B, shape), rt.device))
-
-    def step():
-        t.training_step(torch.randint(len(t.images), (B,), device=t.images.device))
-    return step
 
 # ----------------------------------------------------------------------------------------------
 # The other sides: each function returns one that makes a training step.

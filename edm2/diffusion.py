@@ -3,7 +3,6 @@
 Sources: EDM (arXiv 2206.00364, Table 1 and Alg. 2), EDM2 (arXiv 2312.02696, Eq. 14-21)."""
 
 import math
-import re
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -12,12 +11,13 @@ import numpy as np
 import torch
 import yaml
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 import blockC
 import blockE
 import blockG
-from edm2 import augmentation
-from edm2.distributed import print0, world_size
-from edm2.errors import UserError
+from edm2 import augmentation, machine
+from edm2.distributed import print0, rank, world_size
+from edm2.errors import UserError, warn
 from unetC import UNetC
 from unetE import UNetE
 from unetG import UNetG
@@ -83,10 +83,10 @@ def build(config, amp_dtype=None):
     uncertainty = nn.Sequential(block.Fourier(128), block.Linear(128, 1))
     return EDM(net, uncertainty, config, amp_dtype)
 
-def deploy(denoiser, device, channels_last=True, compiled=None):
-    """Bring an EDM for sampling or features to a device; compiled None: torch.compile on CUDA."""
+def deploy(denoiser, device, channels_last=True, compiled=False):
+    """Bring an EDM for sampling or features to a device, and compile it if asked."""
     denoiser.to(device, memory_format=torch.channels_last if channels_last else None)
-    if compiled or (compiled is None and device.type == "cuda"):
+    if compiled:
         denoiser.net.compile()
     return denoiser
 
@@ -209,24 +209,9 @@ def generate(denoiser, indices, seed=0, sampling=None):
                         "is too coarse: try --amp_dtype bfloat16, or neither it nor --use_amp")
     return (x * 127.5 + 128).clamp(0, 255).to(torch.uint8)
 
-# Dense TFLOP/s in float16 with sums in float32, by NVIDIA; the first one in a GPU's name counts.
-PEAKS = {"B200": 2250, "H200 NVL": 835, "H100 NVL": 835, "H200": 989, "H100 PCIe": 756, "H100": 989,
-         "A100": 312, "L40S": 362, "A40": 150, "V100": 125, "T4": 65,
-         "RTX 4090(?! Laptop| D)": 165, "RTX 3090(?! Laptop)": 71}
-
-def peak_flops(device):
-    """The FLOP/s of a device in mixed precision, of which MFU is a share; None: not known."""
-    name = device_name(device)
-    return next((1e12 * n for gpu, n in PEAKS.items() if re.search(rf"\b{gpu}\b", name)), None)
-
-def device_name(device):
-    """The name of a device, as it stands beside a result."""
-    gpu, n = device.type == "cuda", torch.get_num_threads()
-    return torch.cuda.get_device_name(device) if gpu else f"CPU ({n} threads)"
-
 def processes_on(device):
     """How many processes there are, on what device."""
-    return f"{world_size()} process{'es' * (world_size() > 1)} on {device_name(device)}"
+    return f"{world_size()} process{'es' * (world_size() > 1)} on {machine.device_name(device)}"
 
 def describe(config, device, precision):
     """Print the configuration, the network's size and cost, the processes and the precision."""
@@ -237,11 +222,55 @@ def describe(config, device, precision):
     print0(f"{text}--- {config.net_type}: {n_parameters:,} parameters, {gflop:.1f} GFLOP "
            f"per training image; {processes_on(device)}; {precision}")
 
+def split(batch, most):
+    """The largest pass of at most `most` images of which a batch holds a whole number: passes of
+    one size are one shape for torch.compile."""
+    return next(n for n in range(max(1, min(most, batch)), 0, -1) if batch % n == 0)
+
+def kept_bytes(config, device, amp_dtype=None):
+    """(bytes an image, bytes besides) that a training step keeps for its backward pass: what
+    autograd saves of one image and of two, of fake tensors: nothing is computed or allocated."""
+    kept, totals = {}, []
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        kept[storage._cdata] = storage.nbytes()
+        return tensor
+
+    with FakeTensorMode(), torch.device(device):
+        denoiser = build(config, amp_dtype)
+        weights = {p.untyped_storage()._cdata for p in denoiser.parameters()}
+        for n in (1, 2):
+            y = torch.empty(n, *denoiser.image_shape).to(memory_format=torch.channels_last)
+            told = torch.zeros(n, augmentation.N_NUMBERS) if config.augment else None
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+                graph = denoiser(y, torch.zeros(n), y, augment=told)
+            totals.append(sum(kept[key] for key in kept.keys() - weights))
+            kept.clear()
+            del graph
+    return totals[1] - totals[0], 2 * totals[0] - totals[1]
+
+def describe_memory(config, device, args):
+    """Print what training needs of a device's memory, and warn where the passes are too large."""
+    batch = config.batch_size // world_size()
+    kept, besides = kept_bytes(config, device, args.amp_dtype)
+    # Weights, gradients, Adam's moments, the EMAs; an eighth is for what comes and goes.
+    besides += (5 + len(config.posthoc_ema.sigma_rels)) * 4 * cost(config)[0]
+    room = machine.memory(device) * 7 / 8
+    most = split(batch, int(min((room - besides) / kept, batch)))
+    size = split(batch, args.batch_gpu or batch)
+    needed = (besides + size * kept) * 8 / 7 / 1e9
+    print0(f"memory: {kept / 1e9:.3f} GB an image of a pass, {besides / 1e9:.1f} GB besides, "
+           f"about {needed:.1f} GB for passes of {size}; in {room * 8 / 7 / 1e9:.1f} GB "
+           f"passes of up to {most} fit")
+    if size > most and rank() == 0:
+        warn(f"passes of {size} images need about {needed:.1f} GB: --batch_gpu {most} would fit")
+
 class Throughput:
     """Speed of training since the last reading, pauses apart, and memory."""
     def __init__(self, config, device, amp_dtype, step):
         self.batch_size, self.gflop = config.batch_size, cost(config)[1]
-        self.peak = peak_flops(device) if amp_dtype else None
+        self.peak = machine.peak_flops(device) if amp_dtype else None
         self.restart(step)
 
     def read(self, step):

@@ -5,24 +5,32 @@ import os
 import signal
 import socket
 import sys
+import warnings
 from datetime import timedelta
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
+from edm2 import machine
 from edm2.errors import Stopped, UserError
 
 def init():
     """Join torchrun's processes, where there are any; return this one's torch.device. Raises
-    UserError where a machine has fewer GPUs than processes, or the processes cannot meet."""
+    UserError where a machine has fewer GPUs than processes, or one that PyTorch cannot use, or
+    where the processes cannot meet."""
+    machine.check_launch()
     local_size, gpu = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), None
-    if torch.cuda.is_available():
+    with warnings.catch_warnings(action="ignore"):      # The driver is too old: see below.
+        is_available = torch.cuda.is_available()
+    if is_available:
         if local_size > (n_gpus := torch.cuda.device_count()):
             raise UserError(f"{local_size} processes, but {n_gpus} GPUs: lower --nproc_per_node")
         gpu = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(gpu)
+        machine.check_capability(gpu)
         torch.backends.cudnn.benchmark = True
     else:                               # torchrun sets OMP_NUM_THREADS=1: share the cores instead.
-        torch.set_num_threads(max(1, cores() // local_size))
+        machine.check_driver()
+        torch.set_num_threads(max(1, machine.cores() // local_size))
     socket.setdefaulttimeout(60)        # A download from a dead network is an error, not a hang.
     if os.environ.get("WORLD_SIZE", "1") != "1":
         env, store = os.environ, None
@@ -37,10 +45,6 @@ def init():
         except (RuntimeError, ValueError, KeyError) as e:
             raise UserError(f"WORLD_SIZE is set ({e}): start with torchrun, or unset it") from None
     return gpu or torch.device("cpu")
-
-def cores():
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 def rank():
     """This process's number among all, from 0."""
@@ -95,13 +99,14 @@ def rank0_first():
         barrier()
 
 class Signals:
-    """SIGTERM, SIGINT, SIGUSR1 (Slurm's warning) and, unless nohup ignores it, SIGHUP: they raise
-    Stopped or, deferred, are noted for agree()."""
+    """SIGTERM, SIGINT and, where the system has them, SIGUSR1 (Slurm's warning) and, unless nohup
+    ignores it, SIGHUP: they raise Stopped or, deferred, are noted for agree()."""
     def __init__(self):
         self.signum, self.deferred = 0, False
         self.group = dist.new_group(backend="gloo") if world_size() > 1 else None
-        for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
-            if signal.getsignal(signum) != signal.SIG_IGN:
+        for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"):
+            signum = getattr(signal, name, None)        # Windows has not all of them.
+            if signum and signal.getsignal(signum) != signal.SIG_IGN:
                 signal.signal(signum, self.note)
 
     def defer(self, deferred):

@@ -3,7 +3,9 @@
 import argparse
 import torch
 from pydantic import TypeAdapter, ValidationError
+from edm2 import distributed, machine
 from edm2.config import Count, Index, SigmaRel, explain
+from edm2.errors import warn
 
 def parser(docstring, network=False, sigma_rel=False, config_required=True):
     """An argument parser with the flags that the commands share, those of the network if asked."""
@@ -16,7 +18,7 @@ def parser(docstring, network=False, sigma_rel=False, config_required=True):
     if sigma_rel:
         add("--sigma_rel", type=flag(SigmaRel), metavar="S", help="an EMA's length, 0.02 to 0.28")
     if network:
-        add("--use_amp", action="store_const", const="float16", help="mixed precision, of float16")
+        add("--use_amp", action="store_true", help="float16 on CUDA, bfloat16 on a CPU")
         add("--amp_dtype", choices=["float16", "bfloat16"], help="mixed precision, of this kind")
         add("--compile", action=either, help="torch.compile (default: on CUDA)")
         add("--channels_last", action=either, default=True, help="activations as (B,H,W,C)")
@@ -46,9 +48,22 @@ def ranges(kind):
         return sorted(found)
     return convert
 
-def dtype(name):
-    """The torch.dtype of a name, None for None."""
-    return name and getattr(torch, name)
+def resolve(args, device):
+    """Make args.amp_dtype a torch.dtype or None, and args.compile true or false, as this device
+    has it; what a user would not expect is said."""
+    cuda, said = device.type == "cuda", []
+    name = args.amp_dtype or (args.use_amp and ("float16" if cuda else "bfloat16"))
+    args.amp_dtype = getattr(torch, name) if name else None
+    if args.amp_dtype == torch.bfloat16 and not machine.has_bfloat16(device):
+        faster = "--use_amp, which is float16 there" if cuda else "float32, without --use_amp"
+        said.append(f"{machine.device_name(device)} only emulates bfloat16: {faster}, is faster")
+    args.compile = cuda if args.compile is None else args.compile
+    if args.compile and not machine.has_compiler(device):
+        args.compile = False
+        said.append(f"going on without torch.compile: no {'C' if cuda else 'C++'} compiler "
+                    "(such as gcc) was found")
+    for line in said if distributed.rank() == 0 else ():
+        warn(line)
 
 def precision(dtype):
     """The words for F's dtype: "float32", "float16 mixed precision", ..."""

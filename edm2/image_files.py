@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageOps
-from edm2 import distributed, files
+from edm2 import distributed, files, machine
 from edm2.errors import UserError, warn
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
@@ -50,7 +50,7 @@ def decode_all(items, decode, remedy="replace or remove it"):
     """Yield decode(item) of each item, in order, by threads: Pillow decodes without the GIL. Raises
     UserError, in the end, with the number and the first of those that decode() raised."""
     failed = []
-    with ThreadPoolExecutor(distributed.cores()) as pool:
+    with ThreadPoolExecutor(machine.cores()) as pool:
         for start in range(0, len(items), CHUNK):
             for future in [pool.submit(decode, item) for item in items[start:start + CHUNK]]:
                 if isinstance(error := future.exception(), UserError):

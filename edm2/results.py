@@ -14,7 +14,7 @@ import sys
 from datetime import datetime
 from importlib import metadata
 from pathlib import Path
-from edm2 import diffusion, distributed, dynamics, files, frechet, guidance
+from edm2 import distributed, dynamics, files, frechet, guidance, machine
 from edm2.errors import UserError, command, warn
 from edm2.image_files import some
 
@@ -68,7 +68,7 @@ def record(config, results, device):
               "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
               "versions": {name: metadata.version(name)
                            for name in ("torch", "torchvision", "torch-fidelity", "numpy")},
-              "processes": distributed.world_size(), "device": diffusion.device_name(device),
+              "processes": distributed.world_size(), "device": machine.device_name(device),
               "date": datetime.now().astimezone().isoformat(timespec="seconds")}
     folder, B = Path(config.save_dir), config.batch_size
     # TensorBoard's in a folder of their own: training may still write its own.

@@ -26,7 +26,7 @@ def train_steps(folder, net_type="UNetE", dtype=None, n=4, begin=id, after=id, *
             after(self)
 
     runs, path = [], tiny_config(folder, net_type, batch_size=8, n_epoch=1, **changes)
-    args = SimpleNamespace(use_amp=bool(dtype), amp_dtype=dtype, batch_gpu=4, compile=None,
+    args = SimpleNamespace(amp_dtype=dtype and getattr(torch, dtype), batch_gpu=4, compile=False,
                            channels_last=True, fresh=False, max_steps=n)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "Run", Watched)

@@ -356,7 +356,7 @@ def test_a_run_that_had_bad_steps_goes_on_exactly(tmp_path, monkeypatch):
     poison(monkeypatch, float("inf"), range(5))
     for name, step in (("whole", 8), ("parts", 3), ("parts", 5), ("parts", 8)):
         path = config_in(tmp_path / name, "UNetC", batch_size=8, save_minutes=1e-9)
-        succeed("train.py", "--config", path, "--use_amp", "--max_steps", step)
+        succeed("train.py", "--config", path, "--amp_dtype", "float16", "--max_steps", step)
         states.append(newest(path))
     whole, _, bad, parts = states
     torch.manual_seed(0)

@@ -257,15 +257,6 @@ def test_the_config_that_is_there_to_copy():
 
 # 7, 8. What comes from below; streams.
 
-@pytest.mark.slow
-def test_no_compiler_is_one_line(tmp_path):
-    done = launch("train.py", "--config", tiny_config(tmp_path), "--compile", "--max_steps", 1)
-    done["env"] |= {"CXX": "/no/c++", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor")}
-    done = subprocess.run(**done, capture_output=True, timeout=300)
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert done.stderr.splitlines()[-1].startswith("train.py: error: torch.compile: ")
-    assert "--no-compile" in done.stderr
-
 @pytest.mark.parametrize("streams", [
     ">&- 2>&-", pytest.param(">/dev/full 2>/dev/full", marks=pytest.mark.slow)])
 def test_a_command_that_cannot_say_anything_does_its_work(tmp_path, streams):
@@ -324,14 +315,6 @@ def test_messages(tmp_path, trained):
     folders = pictures(pictures(tmp_path / "set" / "a", 3).parent / "b", 3, first=3).parent
     done = run("fid.py", folders, folders, *PIXELS)
     assert "FD(pixels) 0: " in done.stdout and "(n = 6)" in done.stdout
-
-@pytest.mark.parametrize(("name", "tflops"), [
-    ("Tesla V100-SXM2-16GB", 125), ("Tesla T4", 65), ("NVIDIA A100-SXM4-80GB", 312),
-    ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA H200", 989),
-    ("NVIDIA GeForce RTX 3090", 71), ("NVIDIA GeForce RTX 4090 Laptop GPU", 0), ("NVIDIA L4", 0)])
-def test_the_peak_that_mfu_is_a_share_of(monkeypatch, name, tflops):
-    monkeypatch.setattr(diffusion, "device_name", lambda device: name)
-    assert diffusion.peak_flops(CPU) == (tflops * 1e12 if tflops else None)
 
 # 13. FD_DINOv2.
 

@@ -76,9 +76,9 @@ def test_started_again_it_makes_what_is_missing(flags, tmp_path):
 
 @pytest.mark.parametrize("args", [
     ["--seed", 1], ["--weights", "model"], ["--eta", 0.5], ["--steps", 9], ["--epoch", 0],
-    ["--clip_denoised"], ["--use_amp"]])
+    ["--clip_denoised"], ["--amp_dtype", "float16"]])
 def test_a_folder_of_other_settings_is_refused(flags, reference, args):
-    before, name = times(reference), args[0].lstrip("-").replace("use_amp", "precision")
+    before, name = times(reference), args[0].lstrip("-").replace("amp_dtype", "precision")
     refused("sample.py", *flags, "--n_samples", N + 1, "--out", reference, *args,
             words=["other settings", name, reference])
     assert before == times(reference)
