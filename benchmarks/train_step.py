@@ -6,6 +6,7 @@
     python benchmarks/train_step.py --configs cifar10/G --also augment=0.12
     python benchmarks/train_step.py --compile --profile      # torch.compile on the CPU: minutes
     python benchmarks/train_step.py --amp_dtype bfloat16 --peer     # needs requirements.txt
+    python benchmarks/train_step.py --and_bfloat16 --tree ../before
 
 train.py: train.py itself, a step from its signals.hold to its signals.agree; what comes at an
 epoch's end is not in it. plain: the same mathematics as the predecessor runs it: eager, NCHW, Adam
@@ -44,6 +45,8 @@ def main():
     p.add_argument("--batch", type=int,
                    help="images per step (default: 8 on the CPU, else that of the config)")
     p.add_argument("--amp_dtype", choices=["float16", "bfloat16"])
+    p.add_argument("--and_bfloat16", action="store_true",
+                   help="train.py, and --tree's, in bfloat16 too, in turns with float32")
     p.add_argument("--rounds", type=int, default=9)
     p.add_argument("--tree", type=Path, action="append", default=[], metavar="PATH",
                    help="train.py of another checkout (again for more) instead of plain")
@@ -68,6 +71,9 @@ def main():
             sides[f"{name}, train.py --compile"] = (fast, ROOT, name, overrides, amp_dtype, True)
         for tree in args.tree:
             sides[f"{name}, {tree}"] = (fast, tree.resolve(), name, overrides, amp_dtype)
+        for tree in [ROOT, *args.tree] if args.and_bfloat16 else []:
+            side = f"{name}, {'train.py' if tree == ROOT else tree} in bfloat16"
+            sides[side] = (fast, tree.resolve(), name, overrides, "bfloat16")
         for setting in args.also:
             sides[f"{name}, {setting}"] = (fast, ROOT, name, [*overrides, setting], amp_dtype)
         if not args.tree and not args.also:
@@ -125,6 +131,10 @@ def compare(timings, args):
             low, median, high = statistics.quantiles(found, n=4)
             print(f"\nA step of {name} takes {median:.3f} times as long as that of {tree} (median "
                   f"of the rounds' ratios; half of them are from {low:.3f} to {high:.3f})")
+        for tree in ["train.py", *args.tree] if args.and_bfloat16 else []:
+            half = timings[f"{name}, {tree} in bfloat16"]
+            print(f"\n{name}, {tree}: times faster in bfloat16 than in float32: "
+                  f"{times_faster(half, timings[f'{name}, {tree}']):.2f}")
     if args.peer:
         ways = {side: times_faster(timing, timings["peer"]) for side, timing in timings.items()
                 if side.partition(",")[0] == args.configs[-1]}

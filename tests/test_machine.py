@@ -164,7 +164,7 @@ def test_what_is_counted_is_what_autograd_keeps(tmp_path, net_type, dtype):
 def test_passes_that_do_not_fit(tmp_path, monkeypatch, capsys):
     config = load_config(ROOT / "config" / "cifar10" / "C.yaml")
     args = SimpleNamespace(amp_dtype=torch.float16, batch_gpu=None)
-    for gigabytes, most in ((12, 128), (24, 256), (40, 512)):
+    for gigabytes, most in ((8, 128), (12, 256), (24, 512)):
         monkeypatch.setattr(machine, "memory", lambda device, n=gigabytes: n * 1e9)
         diffusion.describe_memory(config, CPU, args)
         out, err = capsys.readouterr()

@@ -69,6 +69,36 @@ def test_resample():
     assert torch.equal(blockC.resample(x, "up")[0, 0, :2, :2], torch.zeros(2, 2))
     assert blockC.resample(x, None) is x
 
+def composed(x, dim, eps=1e-4, gain=1):
+    """normalize of PyTorch's functions, in fp32, with autograd's gradient."""
+    norm = torch.linalg.vector_norm(x, dim=dim, keepdim=True, dtype=torch.float32)
+    rms = norm * math.sqrt(norm.numel() / x.numel())
+    return (x.float() * (gain / (rms + eps))).to(x.dtype)
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("block", "shape", "dim", "gain"), [
+    *((block, (4, 8, 8, 6, 6), (2, 3, 4), 1) for block in (blockC, blockE)),        # Groups,
+    *((block, (2, 3, 4, 36, 16), -1, 1) for block in (blockC, blockE, blockG)),     # heads,
+    (blockG, (4, 64, 6, 6), 1, 1),                                                  # pixels,
+    *((block, (48, 32, *kernel), (1, 2, 3)[:1 + len(kernel)], 0.1) for block in (blockE, blockG)
+      for kernel in ((3, 3), ()))])                                                 # weights.
+def test_the_gradient_of_normalize_is_autograd_s(block, shape, dim, gain, dtype):
+    """Bit for bit in fp32, where x has other gradients too; to rounding in half precision."""
+    x, g, found = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype), []
+    for function in (composed, block.normalize):
+        leaf = x.clone().requires_grad_()
+        inner = leaf * 1
+        y = function(inner, dim, **({"gain": gain} if gain != 1 else {}))
+        (y * g + 3 * inner).sum().backward()
+        found.append((y.detach(), leaf.grad))
+    for old, new in zip(*found, strict=True):
+        assert old.dtype == new.dtype == dtype and old.stride() == new.stride()
+        if dtype == torch.float32:
+            assert torch.equal(old, new)
+        else:
+            error = (old - new).float().norm() / old.float().norm()
+            assert error < (1e-2 if dtype == torch.bfloat16 else 1e-3), error
+
 def test_normalize_and_group_norm_give_unit_mean_square():
     """With the eps of the paper, EDM's number of groups, and no mean subtracted."""
     y = blockC.normalize(7 * torch.randn(4, 64, 8, 8), dim=1)
