@@ -2,13 +2,14 @@
 # make dynamics: train Configs C, E and G on them, draw their training dynamics: docs/dynamics.png.
 # make guidance: train Config G with labels, guide its samples, draw them and their scores: docs/guid*.png.
 # make test: ruff and pytest.    make test-slow: the long tests, of faults, restarts and bad input above all.
+# make gpu: prove and measure all of it on a GPU; make gpu REHEARSE=1: the same way on the CPU, with tiny sizes.
 # Each sets itself up in .venv first; done again, that takes no time. Needs Python 3.11 or newer: make demo PYTHON=python3.12
 
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO := --config config/digits/G.yaml
 
-.PHONY: demo dynamics guidance test test-slow clean
+.PHONY: demo dynamics guidance test test-slow gpu clean
 
 demo: .venv/installed
 	$(BIN)/python train.py $(DEMO)
@@ -28,7 +29,10 @@ guidance: .venv/installed
 
 test: .venv/installed-dev
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest -n auto --dist worksteal -m "not slow"
+	$(BIN)/python -m pytest -n auto --dist worksteal -m "not slow and not cuda"
+
+gpu: .venv/installed-dev
+	$(BIN)/python benchmarks/gpu.py $(if $(REHEARSE),--rehearse) $(if $(DATA_ROOT),--data_root $(DATA_ROOT))
 
 test-slow: .venv/installed-dev
 	$(BIN)/python -m pytest -n auto --dist worksteal -m slow

@@ -8,6 +8,7 @@ one. Both write n PNGs.
 """
 
 import argparse
+import json
 import shlex
 import shutil
 import sys
@@ -17,7 +18,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 from PIL import Image
-from sides import ROOT, alternate, machine, table
+from sides import ROOT, alternate, machine, table, times_faster
 import sample
 from edm2 import diffusion, distributed
 from edm2.config import load_config
@@ -31,20 +32,32 @@ def main():
     p.add_argument("--rounds", type=int, default=3)
     p.add_argument("--steps", type=int, default=18)
     p.add_argument("--amp_dtype", choices=["float16", "bfloat16"])
+    p.add_argument("--and_bfloat16", action="store_true", help="sample.py in bfloat16, too")
+    p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    p.add_argument("--json", type=Path, metavar="FILE", help="the table, for benchmarks/gpu.py")
     args = p.parse_args()
+    on_gpu, rows = torch.cuda.is_available(), []
     print(f"`{shlex.join(['python', *sys.argv])}`, {machine()}, {args.n} images in {args.steps} "
           f"steps\n")
     for name in args.configs:
-        config = load_config(ROOT / "config" / f"{name}.yaml")
+        config = load_config(ROOT / "config" / f"{name}.yaml", args.set)
+        ways = {"sample.py": (fast, args.amp_dtype), "plain": (plain, args.amp_dtype)}
+        ways |= {"sample.py in bfloat16": (fast, "bfloat16")} if args.and_bfloat16 else {}
         with tempfile.TemporaryDirectory() as folder:
-            timings = alternate({f"{name}, {way}": (side, config, args, Path(folder) / way)
-                                 for way, side in (("sample.py", fast), ("plain", plain))},
-                                args.rounds, warmup=0)
+            timings = alternate({f"{name}, {way}": (side, config, args, dtype, Path(folder) / way)
+                                 for way, (side, dtype) in ways.items()},
+                                args.rounds, warmup=int(on_gpu))        # It compiles.
             most = max(np.abs(read(f"{folder}/sample.py", i) - read(f"{folder}/plain", i)).max()
                        for i in range(args.n))
         print(table(timings, f"{name}, plain", {
             "images per second": lambda t: f"{args.n / t.median:.2f}",
-            "most a pixel differs (grey levels)": lambda t, most=most: f"{most}"}), flush=True)
+            "most a pixel of sample.py differs from plain (grey levels)":
+                lambda t, most=most: f"{most}"}), flush=True)
+        rows += [{"side": side, "seconds": t.median, "img_per_s": args.n / t.median,
+                  "memory": t.memory, "faster": times_faster(t, timings[f"{name}, plain"])}
+                 for side, t in timings.items()]
+    if args.json:
+        args.json.write_text(json.dumps(rows))
 
 def read(folder, i):
     """The pixels of an image."""
@@ -60,9 +73,10 @@ def denoiser(config, amp_dtype):
                 p.fill_(1)
     return model.eval().requires_grad_(False)
 
-def fast(config, args, folder):
+def fast(config, args, amp_dtype, folder):
     """What sample.py does with a network that is loaded."""
-    model = diffusion.deploy(denoiser(config, args.amp_dtype), distributed.init())
+    device = distributed.init()
+    model = diffusion.deploy(denoiser(config, amp_dtype), device, compiled=device.type == "cuda")
     settings = SimpleNamespace(n_samples=args.n, seed=0, batch_gpu=None)
     sampling = diffusion.Sampling(args.steps)
 
@@ -71,10 +85,10 @@ def fast(config, args, folder):
         sample.write_images(model, range(args.n), settings, sampling, folder)
     return run
 
-def plain(config, args, folder):
+def plain(config, args, amp_dtype, folder):
     """The plain path: batches of 64 on the CPU and of 500 on a GPU."""
     device = distributed.init()
-    model = denoiser(config, args.amp_dtype).to(device)
+    model = denoiser(config, amp_dtype).to(device)
     size = 500 if device.type == "cuda" else 64
 
     def run():

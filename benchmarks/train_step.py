@@ -20,6 +20,7 @@ import argparse
 import collections
 import contextlib
 import io
+import json
 import shlex
 import statistics
 import sys
@@ -48,6 +49,10 @@ def main():
     p.add_argument("--and_bfloat16", action="store_true",
                    help="train.py, and --tree's, in bfloat16 too, in turns with float32")
     p.add_argument("--rounds", type=int, default=9)
+    p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE",
+                   help="override another key of every side's config")
+    p.add_argument("--no_shares", action="store_true", help="not what data, EMA and figures take")
+    p.add_argument("--json", type=Path, metavar="FILE", help="the table, for benchmarks/gpu.py")
     p.add_argument("--tree", type=Path, action="append", default=[], metavar="PATH",
                    help="train.py of another checkout (again for more) instead of plain")
     p.add_argument("--also", action="append", default=[], metavar="KEY=VALUE",
@@ -58,7 +63,7 @@ def main():
     p.add_argument("--profile", action="store_true", help="where the time of a step goes, too")
     args = p.parse_args()
     cpu, amp_dtype = not torch.cuda.is_available(), args.amp_dtype
-    overrides = ["dynamics_every=0"]
+    overrides, rows = ["dynamics_every=0", *args.set], []
     if args.batch or cpu:
         overrides.append(f"batch_size={args.batch or 8}")
     configs = {name: load_config(ROOT / "config" / f"{name}.yaml", overrides)
@@ -101,7 +106,25 @@ def main():
               f"| {flops / 1e12:.3f} | {flops / reached:.1%} "
               f"| {f'{flops / peak:.1%}' if peak else '-'} | {timing.memory:.2f} "
               f"| {statistics.median(timing.faults):,.0f} | {faster} |")
+        rows.append({"side": side, "batch": B, "seconds": timing.median,
+                     "img_per_s": B / timing.median, "MFU": peak and flops / peak,
+                     "memory": timing.memory,
+                     "faster": times_faster(timing, against) if against else None})
+    if args.json:
+        args.json.write_text(json.dumps(rows))
     compare(timings, args)
+    if not args.no_shares:
+        print_shares(configs, overrides, amp_dtype)
+    if args.profile:
+        found = {side: alternate({side: (profile, *how)}, 1, 1)[side].returned[0]
+                 for side, how in sides.items() if side != "peer"}
+        print(f"\n| seconds of a step, by name of the operation | {' | '.join(found)} |\n"
+              + "|---" * (len(found) + 1) + "|")
+        for kind in [*KINDS, "other"]:
+            print(f"| {kind} | {' | '.join(f'{parts[kind]:.3f}' for parts in found.values())} |")
+
+def print_shares(configs, overrides, amp_dtype):
+    """Print what a step of train.py spends beside the network."""
     print("\n| train.py | data (draws, look-up) | EMA | figures, every 50 steps | together "
           "| optimizer | a record of dynamics | all of them in the run |\n" + "|---" * 8 + "|")
     for name, config in configs.items():
@@ -115,13 +138,6 @@ def main():
         print(f"| {name} | {share['data']:.2%} | {share['ema']:.2%} | {share['figures'] / 50:.2%} "
               f"| {waiting:.2%} | {share['optimizer']:.2%} | {share['dynamics']:.1%} of a step "
               f"| {share['dynamics'] / dynamics.default_every(steps):.2%} |", flush=True)
-    if args.profile:
-        found = {side: alternate({side: (profile, *how)}, 1, 1)[side].returned[0]
-                 for side, how in sides.items() if side != "peer"}
-        print(f"\n| seconds of a step, by name of the operation | {' | '.join(found)} |\n"
-              + "|---" * (len(found) + 1) + "|")
-        for kind in [*KINDS, "other"]:
-            print(f"| {kind} | {' | '.join(f'{parts[kind]:.3f}' for parts in found.values())} |")
 
 def compare(timings, args):
     """Print how train.py's step compares with those of other checkouts, and with the peer's."""

@@ -250,19 +250,23 @@ def kept_bytes(config, device, amp_dtype=None):
             del graph
     return totals[1] - totals[0], 2 * totals[0] - totals[1]
 
+def training_bytes(config, device, amp_dtype=None):
+    """(bytes an image of a pass, bytes besides) that training needs, about."""
+    kept, besides = kept_bytes(config, device, amp_dtype)
+    copies = 5 + len(config.posthoc_ema.sigma_rels)     # Weight, gradient, Adam's moments, EMAs.
+    besides += copies * 4 * cost(config)[0]
+    return kept * 8 / 7, besides * 8 / 7                # An eighth is for what comes and goes.
+
 def describe_memory(config, device, args):
     """Print what training needs of a device's memory, and warn where the passes are too large."""
-    batch = config.batch_size // world_size()
-    kept, besides = kept_bytes(config, device, args.amp_dtype)
-    # Weights, gradients, Adam's moments, the EMAs; an eighth is for what comes and goes.
-    besides += (5 + len(config.posthoc_ema.sigma_rels)) * 4 * cost(config)[0]
-    room = machine.memory(device) * 7 / 8
-    most = split(batch, int(min((room - besides) / kept, batch)))
+    batch, there = config.batch_size // world_size(), machine.memory(device)
+    an_image, besides = training_bytes(config, device, args.amp_dtype)
+    most = split(batch, int(min((there - besides) / an_image, batch)))
     size = split(batch, args.batch_gpu or batch)
-    needed = (besides + size * kept) * 8 / 7 / 1e9
-    print0(f"memory: {kept / 1e9:.3f} GB an image of a pass, {besides / 1e9:.1f} GB besides, "
-           f"about {needed:.1f} GB for passes of {size}; in {room * 8 / 7 / 1e9:.1f} GB "
-           f"passes of up to {most} fit")
+    needed = (besides + size * an_image) / 1e9
+    print0(f"memory: {an_image / 1e9:.3f} GB an image of a pass, {besides / 1e9:.1f} GB besides: "
+           f"about {needed:.1f} GB for passes of {size}; in {there / 1e9:.1f} GB passes of up to "
+           f"{most} fit")
     if size > most and rank() == 0:
         warn(f"passes of {size} images need about {needed:.1f} GB: --batch_gpu {most} would fit")
 

@@ -1,0 +1,277 @@
+"""All that a GPU must show, in one command, with nobody at hand: `make gpu`.
+
+    python benchmarks/gpu.py --data_root ../shared/data     # at most 25 minutes on an H100
+    python benchmarks/gpu.py --rehearse     # the same way on the CPU, tiny: make gpu REHEARSE=1
+
+Runs the tests marked cuda, then the benchmarks of the training step, sampling, data, checkpoints
+and the probe against the plain way, then, where CIFAR-10 is, trains C, E and G of 10M parameters at
+equal Mimg for what is left of the time. Writes gpu-<name>-<date>.md, .json and pictures to --out. A
+part that fails is said, and the next one goes on; started again at the same commit, it does what
+failed or is missing. Exit code 1 where a part failed.
+"""
+
+import argparse
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from datetime import date
+from pathlib import Path
+import torch
+from sides import ROOT, machine
+from edm2 import diffusion, files
+from edm2.config import load_config
+from edm2.machine import device_name
+
+TESTS, DATA = "tests", "data"
+# What a part's figures are held to: times faster than the plain way.
+TARGETS = {f"step {data}/{letter}": 2.0 if letter == "C" else 2.5
+           for data in ("cifar10", "tinyimagenet") for letter in "CEG"}
+TARGETS |= {f"sampling cifar10/{letter}": 2.0 for letter in "CEG"}
+MFU = 0.35
+ROUNDS, PILOT = 15, 60          # Of the training step; steps that tell how long an epoch takes.
+
+def main():
+    """Run the parts that are missing, writing the page anew after each."""
+    p = argparse.ArgumentParser(description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--rehearse", action="store_true", help="on the CPU, with tiny sizes")
+    p.add_argument("--data_root", default="data", help="where CIFAR-10 is (default: data)")
+    p.add_argument("--minutes", type=float, default=25, help="in all (default: 25)")
+    p.add_argument("--out", type=Path, help="folder (default: benchmarks/results; rehearsing "
+                                            "runs/gpu-rehearsal)")
+    args = p.parse_args()
+    args.end = time.monotonic() + 60 * args.minutes
+    if args.rehearse:
+        os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
+    elif not torch.cuda.is_available():
+        sys.exit("gpu.py: error: there is no GPU that PyTorch can use; --rehearse needs none")
+    args.device = torch.device("cpu" if args.rehearse else "cuda")
+    args.out = args.out or ROOT / ("runs/gpu-rehearsal" if args.rehearse else "benchmarks/results")
+    args.out.mkdir(parents=True, exist_ok=True)
+    state, page = begin(args)
+    parts = state["parts"]
+    for name, limit, command in plan(args):
+        if not parts.get(name, {}).get("ok"):
+            limit = min(limit, args.end - time.monotonic())
+            print(f"{name} ...", end=" ", flush=True)
+            parts[name] = call(command, limit, args) if limit > 10 else {
+                "ok": False, "seconds": 0, "text": "", "error": "no time was left"}
+            print(parts[name]["error"].splitlines()[-1] if parts[name]["error"]
+                  else f"{parts[name]['seconds']:.0f} s", flush=True)
+            write(page, state, args)
+    train(args, state, page)
+    write(page, state, args)
+    failed = [name for name, part in parts.items() if not part["ok"]]
+    print(f"page: {page}")
+    if failed:
+        sys.exit(f"gpu.py: {len(failed)} of {len(parts)} parts failed: {', '.join(failed)}")
+
+def begin(args):
+    """The state to go on from, of this machine and commit, or a new one; and the page's path."""
+    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True,
+                          text=True)
+    name = "rehearsal" if args.rehearse else device_name(args.device)
+    slug, commit = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-"), done.stdout.strip()
+    for path in sorted(args.out.glob(f"gpu-{slug}-*.json"), reverse=True):
+        state = json.loads(path.read_text())
+        if state["commit"] == commit:
+            return state, path.with_suffix(".md")
+    state = {"machine": machine(), "commit": commit, "command": shlex.join(["python", *sys.argv]),
+             "date": str(date.today()), "parts": {}}
+    return state, args.out / f"gpu-{slug}-{date.today()}.md"
+
+def plan(args):
+    """Yield each part but the training: its name, the seconds that it may take, its command."""
+    def script(name, *words):
+        return [sys.executable, f"benchmarks/{name}.py", *map(str, words)]
+
+    small = ["network.n_channels=32", "network.attn_channels_per_head=32"] if args.rehearse else []
+    small = [word for setting in small for word in ("--set", setting)]
+    half = [] if args.rehearse else ["--amp_dtype", "float16"]
+    configs = list(TARGETS)[:6] if not args.rehearse else ["step cifar10/C", "step tinyimagenet/G"]
+    yield TESTS, 480, [sys.executable, "-m", "pytest", "-m", "cuda", "-p", "no:cacheprovider",
+                       "tests/test_cuda.py"]
+    for name in configs:
+        config = name.removeprefix("step ")
+        yield name, 240, script(
+            "train_step", "--configs", config, "--batch", batch(config, args), *half, *small,
+            "--rounds", 2 if args.rehearse else ROUNDS, "--no_shares", "--json", args.out / "rows")
+    for letter in "G" if args.rehearse else "CEG":
+        yield f"sampling cifar10/{letter}", 180, script(
+            "sample", "--configs", f"cifar10/{letter}", "--n", 4 if args.rehearse else 4096, *half,
+            "--rounds", 1 if args.rehearse else 2, "--steps", 2 if args.rehearse else 18, *small,
+            "--json", args.out / "rows")
+    has_cifar10 = (Path(args.data_root) / "cifar-10-batches-py").is_dir() and not args.rehearse
+    yield DATA, 150, script("data", "--rounds", 1 if args.rehearse else 5, *(
+        ["--cifar10", args.data_root] if has_cifar10 else []))
+    yield "checkpoint", 60, script("checkpoint", "--configs",
+                                   "digits/G" if args.rehearse else "cifar10/G")
+    digits = ["dataset=digits", "network.image_shape=[1,8,8]", "diffusion.sigma_data=0.85",
+              "linear.lrate=0.1"]
+    yield "probe", 200, script("probe", "--passes", "1,5", "--repeats", 1, *(
+        ["--data_root", args.data_root, "--n_channels", 64] if has_cifar10 else
+        [word for setting in digits for word in ("--set", setting)]))
+
+def batch(config, args):
+    """The images of a step: 512 of 32x32, 192 of 64x64, fewer where two steps do not fit."""
+    n, dtype = 192 if "tiny" in config else 512, torch.float16
+    if args.rehearse:
+        return 2
+    kept, besides = diffusion.kept_bytes(load_config(ROOT / "config" / f"{config}.yaml"),
+                                         args.device, dtype)
+    room = torch.cuda.get_device_properties(args.device).total_memory
+    while n > 1 and 2.5 * (n * kept + besides + 800e6) > room:
+        n //= 2
+    return n
+
+def call(command, limit, args):
+    """Run a command for so many seconds at most; what became of it."""
+    rows, started = args.out / "rows", time.monotonic()
+    rows.unlink(missing_ok=True)
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               text=True, start_new_session=True)
+    try:
+        out, err = process.communicate(timeout=limit)
+        error = "" if process.returncode == 0 else "\n".join((out + err).splitlines()[-25:])
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        out, err = process.communicate()
+        error = f"{err[-2000:]}\nit ran past {limit:.0f} s"
+    part = {"ok": not error, "seconds": time.monotonic() - started, "text": out, "error": error,
+            "command": shlex.join(command)}
+    if rows.exists():
+        part["rows"] = json.loads(rows.read_text())
+        rows.unlink()
+    return part
+
+def train(args, state, page):
+    """Train C, E and G for equally many epochs, as many as the time allows; add them as parts."""
+    parts, has_cifar10 = state["parts"], (Path(args.data_root) / "cifar-10-batches-py").is_dir()
+    if not (has_cifar10 or args.rehearse):
+        state["left out"] = f"no CIFAR-10 in {args.data_root}: nothing was trained on it"
+        return
+    letters = [letter for letter in "CEG" if not parts.get(f"training {letter}", {}).get("ok")]
+    if letters and "epochs" not in state:
+        pilot = call(training("C", 1, args, "pilot", "--max_steps", 3 if args.rehearse else PILOT),
+                     240, args)
+        rates = [row["img_per_s"] for row in lines(args, "pilot") if "img_per_s" in row]
+        if not rates:
+            parts["training C"] = pilot
+            return
+        # For each of three: half a minute to start, as much to measure.
+        seconds = (args.end - time.monotonic()) / 3 - 60
+        state["epochs"] = 2 if args.rehearse else max(1, int(0.85 * seconds * rates[-1] / 50_000))
+    for letter in letters:
+        command = training(letter, state["epochs"], args, letter)
+        parts[f"training {letter}"] = call(command, max(60, args.end - time.monotonic()), args)
+        rows = lines(args, letter)
+        parts[f"training {letter}"] |= {
+            "losses": [(row["Mimg"], row["loss_unweighted"]) for row in rows if "lr" in row],
+            "found": next((row for row in reversed(rows) if "heldout_loss" in row), {})}
+        for path in sorted((save_dir(args, letter) / "grids").glob("*.png"))[-1:]:
+            picture = page.with_name(f"{page.stem}-{letter}.png")
+            picture.write_bytes(path.read_bytes())
+        write(page, state, args)
+
+def save_dir(args, name):
+    """Where a run of the training goes."""
+    return ROOT / "runs" / ("gpu-rehearsal" if args.rehearse else "gpu") / name
+
+def training(letter, n_epoch, args, name, *words):
+    """The command that trains a config for so many epochs, the schedule in proportion."""
+    data = "digits" if args.rehearse else "cifar10"
+    settings = {"network.n_channels": 16 if args.rehearse else 64, "data_root": args.data_root,
+                "network.attn_channels_per_head": 16 if args.rehearse else 64, "n_epoch": n_epoch,
+                "warm_epoch": n_epoch / 10, "ema": 0.998, "eval_every": n_epoch,
+                "save_every": n_epoch, "eval.probe": True,
+                "log_every": 1 if args.rehearse else 20, "save_dir": save_dir(args, name)}
+    settings |= {} if letter == "C" else {"tref_epoch": n_epoch / 5}
+    words = [*map(str, words), *([] if args.rehearse else ["--use_amp"])]
+    return [sys.executable, "train.py", "--config", f"config/{data}/{letter}.yaml", *words,
+            *(word for key, value in settings.items() for word in ("--set", f"{key}={value}"))]
+
+def lines(args, name):
+    """The lines of a run's metrics.jsonl."""
+    path = save_dir(args, name) / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+# ----------------------------------------------------------------------------------------------
+# The page.
+
+def write(page, state, args):
+    """Write the JSON and the page with its pictures."""
+    with files.atomic(page.with_suffix(".json")) as temporary:
+        temporary.write_text(json.dumps(state, indent=1, default=str) + "\n")
+    parts, failed = state["parts"], [n for n, part in state["parts"].items() if not part["ok"]]
+    minutes = sum(part["seconds"] for part in parts.values()) / 60
+    text = [f"# {page.stem}", f"{state['machine']}; commit {state['commit'] or 'not known'}, "
+            f"`{state['command']}`, {minutes:.1f} minutes; {len(failed)} of {len(parts)} parts "
+            f"failed{': ' * bool(failed)}{', '.join(failed)}."]
+    if args.rehearse:
+        text.append("**A rehearsal on the CPU with tiny networks: its figures mean nothing.**")
+    text += ["## Targets", targets(parts, args.rehearse), "## Trained on CIFAR-10" if not args.rehearse
+             else "## Trained on the digits, in CIFAR-10's place", trained(page, state)]
+    for name, part in parts.items():
+        command = part.get("command", "").replace(sys.executable, "python")
+        text.append(f"## {name}\n\n`{command}`, {part['seconds']:.0f} s")
+        is_table = name != TESTS and not name.startswith("training")    # Below its own command.
+        text += [part["text"].partition("\n\n")[2].strip() if is_table else tail(part["text"], 8)]
+        text += [f"**Failed.**\n\n```\n{part['error']}\n```"] if not part["ok"] else []
+    with files.atomic(page) as temporary:
+        temporary.write_text("\n\n".join(filter(None, text)) + "\n")
+
+def tail(text, n):
+    """The last lines of a text, as they are."""
+    return "```\n" + "\n".join(text.splitlines()[-n:]) + "\n```"
+
+def targets(parts, rehearsed):
+    """A table of what was measured beside what was hoped for."""
+    rows = ["| part | times faster than plain | target | images/s | ms a step | MFU (target "
+            f"{MFU:.0%}) | peak memory (GB) | plain's | |", "|---" * 9 + "|"]
+    for name, target in TARGETS.items():
+        found = parts.get(name, {}).get("rows", [])
+        if len(found) < 2:
+            rows.append(f"| {name} | not measured | {target} |" + " |" * 6)
+            continue
+        ours, plain = found[0], found[1]
+        mfu, faster = ours.get("MFU"), ours["faster"]
+        met = faster >= target and (mfu or MFU) >= MFU
+        rows.append(f"| {name} | {faster:.2f} | {target} | {ours['img_per_s']:.1f} "
+                    f"| {1e3 * ours['seconds']:.1f} | {f'{mfu:.1%}' if mfu else '-'} "
+                    f"| {ours['memory']:.2f} | {plain['memory']:.2f} "
+                    f"| {'-' if rehearsed else 'met' if met else '**not met**'} |")
+    return "\n".join(rows)
+
+def trained(page, state):
+    """A table and pictures of the training."""
+    from matplotlib.figure import Figure
+    rows = {name[-1]: part for name, part in state["parts"].items() if part.get("losses")}
+    if not rows:
+        return state.get("left out", "Not yet.")
+    axes = Figure((7, 4), layout="constrained", dpi=120).subplots()
+    text = ["| | Mimg | loss, last | held-out loss | probe (%) | s |", "|---" * 6 + "|"]
+    pictures = []
+    for letter, part in rows.items():
+        found = part["found"]
+        probe = next((value for key, value in found.items() if key.startswith("probe")), None)
+        axes.plot(*zip(*part["losses"], strict=True), label=letter)
+        shown = [f"{value:.4f}" if value else "-" for value in (
+            part["losses"][-1][1], found.get("heldout_loss"), probe)]
+        text.append(f"| {letter} | {part['losses'][-1][0]:.3f} | {' | '.join(shown)} "
+                    f"| {part['seconds']:.0f} |")
+        picture = page.with_name(f"{page.stem}-{letter}.png")
+        if picture.exists():
+            pictures.append(f"{letter}: ![samples of {letter} above real images]({picture.name})")
+    axes.set(xlabel="Mimg", ylabel="loss, unweighted", yscale="log")
+    axes.legend()
+    with files.atomic(page.with_name(f"{page.stem}-losses.png")) as temporary:
+        axes.figure.savefig(temporary, format="png")
+    return "\n\n".join(["\n".join(text), f"![losses]({page.stem}-losses.png)", *pictures])
+
+if __name__ == "__main__":
+    main()
