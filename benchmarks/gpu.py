@@ -57,9 +57,9 @@ def main():
     parts = state["parts"]
     for name, limit, command in plan(args):
         if not parts.get(name, {}).get("ok"):
-            limit = min(limit, args.end - time.monotonic())
+            left = args.end - time.monotonic()
             print(f"{name} ...", end=" ", flush=True)
-            parts[name] = call(command, limit, args) if limit > 10 else {
+            parts[name] = call(command, min(limit, left), args) if left > 10 else {
                 "ok": False, "seconds": 0, "text": "", "error": "no time was left"}
             print(parts[name]["error"].splitlines()[-1] if parts[name]["error"]
                   else f"{parts[name]['seconds']:.0f} s", flush=True)
@@ -113,9 +113,11 @@ def plan(args):
                                    "digits/G" if args.rehearse else "cifar10/G")
     digits = ["dataset=digits", "network.image_shape=[1,8,8]", "diffusion.sigma_data=0.85",
               "linear.lrate=0.1"]
-    yield "probe", 200, script("probe", "--passes", "1,5", "--repeats", 1, *(
-        ["--data_root", args.data_root, "--n_channels", 64] if has_cifar10 else
-        [word for setting in digits for word in ("--set", setting)]))
+    words = [word for setting in digits for word in ("--set", setting)]
+    if has_cifar10:
+        words = ["--data_root", args.data_root, "--n_channels", 64]
+    passes = 1 if args.rehearse else "1,5"
+    yield "probe", 300, script("probe", "--repeats", 1, "--passes", passes, *words)
 
 def batch(config, args):
     """The images of a step: 512 of 32x32, 192 of 64x64, fewer where two steps do not fit."""
@@ -214,8 +216,9 @@ def write(page, state, args):
             f"failed{': ' * bool(failed)}{', '.join(failed)}."]
     if args.rehearse:
         text.append("**A rehearsal on the CPU with tiny networks: its figures mean nothing.**")
-    text += ["## Targets", targets(parts, args.rehearse), "## Trained on CIFAR-10" if not args.rehearse
-             else "## Trained on the digits, in CIFAR-10's place", trained(page, state)]
+    data = "the digits, in CIFAR-10's place" if args.rehearse else "CIFAR-10"
+    text += ["## Targets", targets(parts, args.rehearse), f"## Trained on {data}",
+             trained(page, state)]
     for name, part in parts.items():
         command = part.get("command", "").replace(sys.executable, "python")
         text.append(f"## {name}\n\n`{command}`, {part['seconds']:.0f} s")
