@@ -13,17 +13,13 @@ def normalize(x, dim, eps=1e-4):
     """Return x / (rms(x) + eps), rms over `dim` in fp32; shape and dtype of x are kept."""
     return Normalize.apply(x, x.view_as(x), dim, eps)
 
-def unit_scale(x, dim, eps=1e-4):
-    """‖x‖ and the factor of normalize, in fp32, s = 1 / (‖x‖/√N + eps), of size 1 along `dim`."""
-    norm = torch.linalg.vector_norm(x, dim=dim, keepdim=True, dtype=torch.float32)
-    return norm, 1 / (norm * math.sqrt(norm.numel() / x.numel()) + eps)
-
 class Normalize(torch.autograd.Function):
-    """y = s·x has the gradients s·g and, by way of s, -x/‖x‖ · s²/√N · Σg·x over `dim`, g = dL/dy:
-    of x, given twice. By hand: autograd's are the same bits, but take twice the time and memory."""
+    """y = s·x, s = 1/(‖x‖/√N + eps), has the gradients s·g and, by way of s, -x/‖x‖·s²/√N·Σg·x over
+    `dim`, g = dL/dy: of x, given twice. By hand: autograd's are the same bits in twice the time."""
     @staticmethod
     def forward(ctx, x, _, dim, eps):
-        norm, scale = unit_scale(x, dim, eps)
+        norm = torch.linalg.vector_norm(x, dim=dim, keepdim=True, dtype=torch.float32)
+        scale = 1 / (norm * math.sqrt(norm.numel() / x.numel()) + eps)
         ctx.save_for_backward(x, norm, scale)
         ctx.dim = dim
         return x * as_factor(scale, x)
@@ -31,10 +27,11 @@ class Normalize(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g):
         x, norm, scale = ctx.saved_tensors
-        slope = -(g * x).sum(ctx.dim, keepdim=True, dtype=torch.float32) * (scale * scale)
+        wide = x.float()                                        # float16 could overflow.
+        slope = -(g * wide).sum(ctx.dim, keepdim=True) * (scale * scale)
         slope = slope * math.sqrt(norm.numel() / x.numel())
         norm = norm.masked_fill(norm == 0, math.inf)
-        through_scale = (x / as_factor(norm, x)).mul_(as_factor(slope, x))
+        through_scale = (wide / as_factor(norm, wide)).mul_(as_factor(slope, wide)).to(x.dtype)
         return g * as_factor(scale, x), through_scale, None, None
 
 def as_factor(scale, x):
@@ -94,7 +91,7 @@ def resample(x, mode):
     if mode == "down":
         return F.avg_pool2d(x, 2)
     if mode == "up":
-        return F.interpolate(x, scale_factor=2, mode="nearest")
+        return F.interpolate(x, scale_factor=2, mode="nearest").to(x.dtype)  # CUDA autocasts it.
     return x
 
 # Self-attention over the pixels, queries, keys and values normalized (cosine attention, Eq. 30-34).

@@ -19,9 +19,8 @@ def unit_scale(x, dim, eps=1e-4):
     return norm, 1 / (norm * math.sqrt(norm.numel() / x.numel()) + eps)
 
 class Normalize(torch.autograd.Function):
-    """y = a·s·x, a the gain, has the gradients a·s·g and, by way of s, -a·x/‖x‖ · s²/√N · Σg·x over
-    `dim`, g = dL/dy: of x, given twice. By hand: autograd's are the same bits, but take twice the
-    time and memory."""
+    """y = a·s·x, a the gain, has the gradients a·s·g and, by way of s, -a·x/‖x‖·s²/√N·Σg·x over
+    `dim`, g = dL/dy: of x, given twice. By hand: autograd's are the same bits in twice the time."""
     @staticmethod
     def forward(ctx, x, _, dim, eps, gain):
         norm, scale = unit_scale(x, dim, eps)
@@ -32,10 +31,11 @@ class Normalize(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g):
         x, norm, scale = ctx.saved_tensors
-        slope = -(g * x).sum(ctx.dim, keepdim=True, dtype=torch.float32) * ctx.gain
+        wide = x.float()                                        # float16 could overflow.
+        slope = -(g * wide).sum(ctx.dim, keepdim=True) * ctx.gain
         slope = slope * (scale * scale) * math.sqrt(norm.numel() / x.numel())
         norm = norm.masked_fill(norm == 0, math.inf)
-        through_scale = (x / as_factor(norm, x)).mul_(as_factor(slope, x))
+        through_scale = (wide / as_factor(norm, wide)).mul_(as_factor(slope, wide)).to(x.dtype)
         return g * as_factor(scale * ctx.gain, x), through_scale, None, None, None
 
 def as_factor(scale, x):
@@ -102,7 +102,7 @@ def resample(x, mode):
     if mode == "down":
         return F.avg_pool2d(x, 2)
     if mode == "up":
-        return F.interpolate(x, scale_factor=2, mode="nearest")
+        return F.interpolate(x, scale_factor=2, mode="nearest").to(x.dtype)  # CUDA autocasts it.
     return x
 
 # Self-attention over the pixels, queries, keys and values normalized (cosine attention, Eq. 30-34).

@@ -35,13 +35,12 @@ def main():
         diffusion.describe_memory(config, device, args)
     if args.dry_run:
         return
-    signals = distributed.Signals()
+    signals, sigma_data = distributed.Signals(), config.diffusion.sigma_data
     with distributed.rank0_first():
         images, labels = data.load(config)
     if config.batch_size > len(images):
         raise UserError(f"batch_size {config.batch_size} is more than the {len(images)} images")
     # sigma_data is meant to be the RMS of the pixels (EDM Table 1).
-    sigma_data = config.diffusion.sigma_data
     rms = data.to_float(images[::max(1, len(images) // 5000)]).square().mean().sqrt().item()
     distributed.print0(words := f"RMS of the pixels {rms:.3f}, sigma_data {sigma_data:g}")
     if abs(rms - sigma_data) > 0.2 * sigma_data and distributed.rank() == 0:
@@ -167,8 +166,7 @@ class Run:
         self.optimizer = getattr(torch.optim, config.optim)(
             self.denoiser.parameters(), lr=config.lrate, fused=True,
             **config.optim_args.model_dump(exclude_none=True))
-        self.scaler = torch.amp.GradScaler(device.type, 64.0,
-                                           enabled=args.amp_dtype == torch.float16)
+        self.scaler = torch.GradScaler(device.type, 64.0, enabled=args.amp_dtype == torch.float16)
 
     def count_step(self, grad_norm):
         """One step more. NaN and Inf gradients are counted; a count of MAX_BAD_STEPS stays."""

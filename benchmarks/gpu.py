@@ -121,13 +121,12 @@ def plan(args):
 
 def batch(config, args):
     """The images of a step: 512 of 32x32, 192 of 64x64, fewer where two steps do not fit."""
-    n, dtype = 192 if "tiny" in config else 512, torch.float16
     if args.rehearse:
         return 2
-    kept, besides = diffusion.kept_bytes(load_config(ROOT / "config" / f"{config}.yaml"),
-                                         args.device, dtype)
+    n, config = 192 if "tiny" in config else 512, load_config(ROOT / "config" / f"{config}.yaml")
+    an_image, besides = diffusion.training_bytes(config, args.device, torch.float16)
     room = torch.cuda.get_device_properties(args.device).total_memory
-    while n > 1 and 2.5 * (n * kept + besides + 800e6) > room:
+    while n > 1 and 2.5 * (n * an_image + besides) > room:
         n //= 2
     return n
 

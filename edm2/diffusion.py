@@ -227,48 +227,35 @@ def split(batch, most):
     one size are one shape for torch.compile."""
     return next(n for n in range(max(1, min(most, batch)), 0, -1) if batch % n == 0)
 
-def kept_bytes(config, device, amp_dtype=None):
-    """(bytes an image, bytes besides) that a training step keeps for its backward pass: what
-    autograd saves of one image and of two, of fake tensors: nothing is computed or allocated."""
-    kept, totals = {}, []
-
-    def keep(tensor):
-        storage = tensor.untyped_storage()
-        kept[storage._cdata] = storage.nbytes()
-        return tensor
-
+def training_bytes(config, device, amp_dtype=None):
+    """(bytes an image of a pass, bytes besides) that training needs, about: what autograd keeps of
+    one image and of two (fake tensors); weights, gradients, moments, EMAs; an eighth to spare."""
+    totals = []
     with FakeTensorMode(), torch.device(device):
         denoiser = build(config, amp_dtype)
-        weights = {p.untyped_storage()._cdata for p in denoiser.parameters()}
+        weights = {p.untyped_storage()._cdata: p.numel() for p in denoiser.parameters()}
         for n in (1, 2):
-            y = torch.empty(n, *denoiser.image_shape).to(memory_format=torch.channels_last)
-            told = torch.zeros(n, augmentation.N_NUMBERS) if config.augment else None
-            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-                graph = denoiser(y, torch.zeros(n), y, augment=told)
-            totals.append(sum(kept[key] for key in kept.keys() - weights))
-            kept.clear()
-            del graph
-    return totals[1] - totals[0], 2 * totals[0] - totals[1]
-
-def training_bytes(config, device, amp_dtype=None):
-    """(bytes an image of a pass, bytes besides) that training needs, about."""
-    kept, besides = kept_bytes(config, device, amp_dtype)
-    copies = 5 + len(config.posthoc_ema.sigma_rels)     # Weight, gradient, Adam's moments, EMAs.
-    besides += copies * 4 * cost(config)[0]
-    return kept * 8 / 7, besides * 8 / 7                # An eighth is for what comes and goes.
+            y, kept = torch.empty(n, *denoiser.image_shape), []
+            y = y.to(memory_format=torch.channels_last)
+            with torch.autograd.graph.saved_tensors_hooks(
+                    lambda x, kept=kept: kept.append(x.untyped_storage()) or x, lambda x: x):
+                denoiser(y, torch.zeros(n), y)
+            sizes = {storage._cdata: storage.nbytes() for storage in kept}
+            totals.append(sum(sizes[key] for key in sizes.keys() - weights.keys()))
+    copies = (5 + len(config.posthoc_ema.sigma_rels)) * 4 * sum(weights.values())
+    return (totals[1] - totals[0]) * 8 / 7, (2 * totals[0] - totals[1] + copies) * 8 / 7
 
 def describe_memory(config, device, args):
     """Print what training needs of a device's memory, and warn where the passes are too large."""
-    batch, there = config.batch_size // world_size(), machine.memory(device)
+    batch, free = config.batch_size // world_size(), machine.memory(device)
     an_image, besides = training_bytes(config, device, args.amp_dtype)
-    most = split(batch, int(min((there - besides) / an_image, batch)))
-    size = split(batch, args.batch_gpu or batch)
-    needed = (besides + size * an_image) / 1e9
+    fit = max(0, int(min((free - besides) / an_image, batch)))
+    most, size = fit and split(batch, fit), split(batch, args.batch_gpu or batch)
+    words = f"passes of {size} images need about {(besides + size * an_image) / 1e9:.1f} GB"
     print0(f"memory: {an_image / 1e9:.3f} GB an image of a pass, {besides / 1e9:.1f} GB besides: "
-           f"about {needed:.1f} GB for passes of {size}; in {there / 1e9:.1f} GB passes of up to "
-           f"{most} fit")
+           f"{words}; in {free / 1e9:.1f} GB that are free {most or 'none'} fit")
     if size > most and rank() == 0:
-        warn(f"passes of {size} images need about {needed:.1f} GB: --batch_gpu {most} would fit")
+        warn(f"{words}: {f'--batch_gpu {most}' if most else 'not even passes of 1'} would fit")
 
 class Throughput:
     """Speed of training since the last reading, pauses apart, and memory."""

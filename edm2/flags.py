@@ -49,8 +49,7 @@ def ranges(kind):
     return convert
 
 def resolve(args, device):
-    """Make args.amp_dtype a torch.dtype or None, and args.compile true or false, as this device
-    has it; what a user would not expect is said."""
+    """Make args.amp_dtype a torch.dtype or None, args.compile a bool; say what one did not ask."""
     cuda, said = device.type == "cuda", []
     name = args.amp_dtype or (args.use_amp and ("float16" if cuda else "bfloat16"))
     args.amp_dtype = getattr(torch, name) if name else None

@@ -15,8 +15,8 @@ PEAKS = {"B200": 2250, "H200 NVL": 835, "H100 NVL": 835, "H200": 989, "H100 PCIe
          "A100": 312, "L40S": 362, "A40": 150, "V100": 125, "T4": 65,
          "RTX 4090(?! Laptop| D)": 165, "RTX 3090(?! Laptop)": 71}
 # These wheels serve drivers from 525 and GPUs from compute capability 5.0.
-OLDER = "pip install torch torchvision --index-url https://download.pytorch.org/whl/cu126"
-ON_CPU = "CUDA_VISIBLE_DEVICES=-1 means the CPU"
+OLDER = ("pip install torch torchvision --index-url https://download.pytorch.org/whl/cu126; "
+         "CUDA_VISIBLE_DEVICES=-1 means the CPU")
 
 def device_name(device):
     """The name of a device, as it stands beside a result."""
@@ -35,49 +35,42 @@ def cores():
 def check_launch():
     """Raise UserError where Slurm started several processes, and torchrun none of them."""
     if (n := os.environ.get("SLURM_NTASKS", "1")) != "1" and "WORLD_SIZE" not in os.environ:
-        raise UserError(f"SLURM_NTASKS is {n}, without torchrun: each task would be a run of its "
-                        "own; say srun --ntasks-per-node=1 torchrun ..., or SLURM_NTASKS=1")
+        raise UserError(f"SLURM_NTASKS is {n}, without torchrun: under srun each task is a run of "
+                        "its own; say srun --ntasks-per-node=1 torchrun ..., or SLURM_NTASKS=1")
 
 def check_driver():
-    """Raise UserError for an NVIDIA GPU that PyTorch cannot use, unless CUDA_VISIBLE_DEVICES hides
-    it: training on the CPU would be no one's wish."""
-    driver = None if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1") else driver_version()
-    if not driver:
-        return
-    if not torch.version.cuda:
-        raise UserError(f"PyTorch {torch.__version__} is built without CUDA, but there is an "
-                        f"NVIDIA GPU (driver {driver}): install PyTorch anew, or {ON_CPU}")
-    reason = ""
+    """Raise UserError for an NVIDIA GPU that PyTorch cannot use: no one wants the CPU instead, but
+    where CUDA_VISIBLE_DEVICES, or a job without GPUs, hides it."""
     try:
-        torch.cuda.init()
+        return torch.cuda.init()
     except Exception as e:      # Whatever its version raises.
         reason = re.split(r"\. |\n", str(e))[0]
-    raise UserError(f"PyTorch cannot use the NVIDIA GPU with driver {driver} ({reason}): CUDA "
-                    f"{torch.version.cuda} needs driver 580 (CUDA 12: 525): update it, or {OLDER}; "
-                    f"{ON_CPU}")
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1") or "No CUDA GPUs" in reason
+    if driver := not hidden and driver_version():
+        needs = f"CUDA {torch.version.cuda} needs driver 580 (CUDA 12: 525): update it, or "
+        raise UserError(f"PyTorch cannot use the NVIDIA GPU with driver {driver} ({reason}): "
+                        f"{needs if torch.version.cuda else ''}{OLDER}")
 
 def driver_version():
     """The version of the NVIDIA driver where there is a GPU, None where there is none."""
     with contextlib.suppress(OSError):          # Linux; nvidia-smi is silent after a bad update.
-        text = Path("/proc/driver/nvidia/version").read_text()
-        if Path("/dev/nvidia0").exists() and (found := re.search(r"\s(\d+\.[\d.]+)\s", text)):
+        found = re.search(r"\s(\d+\.[\d.]+)\s", Path("/proc/driver/nvidia/version").read_text())
+        if found and Path("/dev/nvidia0").exists():
             return found[1]
     with contextlib.suppress(OSError, subprocess.SubprocessError):      # WSL2, Windows.
         done = subprocess.run(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
                               capture_output=True, text=True, timeout=20, check=True)
-        return done.stdout.split()[0] if done.stdout.split() else None
-    return None
+        return next(iter(done.stdout.split()), None)
 
 def check_capability(gpu):
     """Raise UserError for a GPU that this build of PyTorch has no code for."""
-    capability = torch.cuda.get_device_capability(gpu)
-    built = [(kind, (int(n[:-1]), int(n[-1]))) for kind, n in
-             re.findall(r"(sm|compute)_(\d+)", " ".join(torch.cuda.get_arch_list()))]
-    if built and not any(has <= capability and (kind == "compute" or has[0] == capability[0])
-                         for kind, has in built):
-        known = ", ".join(sorted({"{}.{}".format(*has) for _, has in built}, key=float))
-        raise UserError("{} has compute capability {}.{}, this PyTorch is built for {}: {}; {}"
-                        .format(device_name(gpu), *capability, known, OLDER, ON_CPU))
+    capability, built = torch.cuda.get_device_capability(gpu), " ".join(torch.cuda.get_arch_list())
+    known = [(kind, (int(n[:-1]), int(n[-1]))) for kind, n in
+             re.findall(r"(sm|compute)_(\d+)", built)]
+    if known and not any(has <= capability and (kind == "compute" or has[0] == capability[0])
+                         for kind, has in known):
+        raise UserError("{} has compute capability {}.{}, this PyTorch is built for {}: {}"
+                        .format(device_name(gpu), *capability, built, OLDER))
 
 def has_bfloat16(device):
     """Whether a device computes in bfloat16 itself; where it is emulated, float32 is faster."""
@@ -92,10 +85,8 @@ def has_compiler(device):
     return any(map(shutil.which, (os.environ.get(variable) or names).split()))
 
 def memory(device):
-    """The bytes of a device that are free (a CPU's, that there are) for each of its processes."""
+    """The bytes of a device that are free, of a CPU those that there are."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    with contextlib.suppress(AttributeError, ValueError):       # Windows has no sysconf.
-        n_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        return n_bytes / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return math.inf
+    names = ("SC_PAGE_SIZE", "SC_PHYS_PAGES") if hasattr(os, "sysconf") else ()      # Windows.
+    return math.prod(map(os.sysconf, names)) if names else math.inf

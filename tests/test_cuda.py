@@ -144,7 +144,7 @@ def test_what_is_counted_is_what_the_gpu_holds(tmp_path, net_type):
     from edm2 import diffusion
     config = load_config(ROOT / "config" / "cifar10" / f"{net_type[-1]}.yaml",
                          ["network.n_channels=64"])
-    kept, _ = diffusion.kept_bytes(config, DEVICE, torch.float16)
+    kept = diffusion.training_bytes(config, DEVICE, torch.float16)[0] * 7 / 8
     peaks = []
     for n in (32, 64):
         edm = diffusion.deploy(diffusion.build(config, torch.float16), DEVICE).train()
