@@ -24,7 +24,7 @@ HALF = ["--amp_dtype", "float16"] if ON_GPU else []
 def losses(folder, *args, net_type="UNetG", steps=30):
     """The losses of a tiny network's first steps."""
     folder.mkdir()
-    path = tiny_config(folder, net_type, batch_size=128 if ON_GPU else 16, log_every=1,
+    path = tiny_config(folder, net_type, batch_size=128 if ON_GPU else 16, log_every=1, n_epoch=4,
                        warm_epoch=0, network={"n_blocks": 1, "n_channels": 32 if ON_GPU else 16})
     out = succeed("train.py", "--config", path, "--max_steps", steps, *args)
     assert f"on {machine.device_name(DEVICE)}" in out
@@ -96,8 +96,9 @@ def images(folder, n=20):
     return np.stack([np.asarray(Image.open(folder / "images" / f"{i:06d}.png")) for i in range(n)])
 
 @needs_compiler
-def test_sampling(snapshots, tmp_path):
+def test_sampling(snapshots, tmp_path, monkeypatch):
     """The same images whatever the batch, compiled or not, and whatever was sampled before."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     command, found = ["sample.py", "--config", snapshots, "--n_samples", 20], []
     for i, flags in enumerate([[EAGER], [EAGER, "--batch_gpu", 7], ["--compile"]]):
         succeed(*command, *flags, "--out", tmp_path / str(i))
@@ -135,7 +136,7 @@ def test_a_pass_that_does_not_fit_is_said_before(tmp_path, monkeypatch):
     monkeypatch.setattr(machine, "memory", lambda device: 1e8)
     done = run("train.py", "--config", tiny_config(tmp_path, batch_size=1400), "--dry_run",
                "--set", "network.n_channels=256")
-    assert done.returncode == 0 and "would fit" in done.stderr
+    assert done.returncode == 0 and "not even passes of 1 would fit" in done.stderr
 
 @needs_gpu
 @pytest.mark.parametrize("net_type", NETS)
@@ -149,8 +150,9 @@ def test_what_is_counted_is_what_the_gpu_holds(tmp_path, net_type):
     for n in (32, 64):
         edm = diffusion.deploy(diffusion.build(config, torch.float16), DEVICE).train()
         y = torch.randn(n, 3, 32, 32, device=DEVICE)
-        torch.cuda.reset_peak_memory_stats()
-        edm(y, torch.randn(n, device=DEVICE), torch.randn_like(y))[0].sum().backward()
+        for _ in range(2):              # The first one tries cuDNN's algorithms.
+            torch.cuda.reset_peak_memory_stats()
+            edm(y, torch.randn(n, device=DEVICE), torch.randn_like(y))[0].sum().backward()
         peaks.append(torch.cuda.max_memory_allocated())
         del edm
     assert 0.8 < (peaks[1] - peaks[0]) / 32 / kept < 1.3

@@ -5,6 +5,7 @@ import json
 import sys
 import pytest
 from conftest import ROOT
+from edm2.errors import UserError
 
 @pytest.fixture
 def gpu(monkeypatch):
@@ -32,8 +33,8 @@ def python(code):
 
 def test_it_goes_on_after_a_failure_and_then_does_what_is_missing(gpu, tmp_path, monkeypatch):
     count = "with open('%s', 'a') as f: f.write('x')" % (tmp_path / "count")
-    row = [{"faster": 2.5, "img_per_s": 9.0, "seconds": 0.5, "MFU": 0.4, "memory": 1.0}] * 2
-    rows = f"import json; json.dump({row!r}, open({str(tmp_path / 'rows')!r}, 'w')); print('fine')"
+    row = {"batch": 8, "faster": 2.5, "img_per_s": 9.0, "seconds": 0.5, "MFU": 0.4, "memory": 1.0}
+    rows = f"import json; json.dump({[row, row]}, open({str(tmp_path / 'rows')!r}, 'w'))"
     plan = [("tests", 60, python(count)), ("breaks", 60, python("raise ValueError('is broken')")),
             ("hangs", 1, python("import time; print('begun', flush=True); time.sleep(60)")),
             ("step cifar10/C", 60, python(rows))]
@@ -41,7 +42,7 @@ def test_it_goes_on_after_a_failure_and_then_does_what_is_missing(gpu, tmp_path,
     assert message == "gpu.py: 2 of 4 parts failed: breaks, hangs"
     assert [part["ok"] for part in parts.values()] == [True, False, False, True]
     assert "is broken" in page and "it ran past 1 s" in page and "2 of 4 parts failed" in page
-    assert "| step cifar10/C | 2.50 | 2.0 | 9.0 | 500.0 | 40.0% | 1.00 | 1.00 |" in page
+    assert "| step cifar10/C | 2.50 | 2.0 | 8 | 9.0 | 500.0 | 40.0% | 1.00 | 1.00 |" in page
     plan[1] = "breaks", 60, python("print()")
     plan[2] = "hangs", 60, python("print()")
     message, parts, page = rehearse(gpu, tmp_path, monkeypatch, plan)
@@ -58,5 +59,5 @@ def test_without_time_parts_are_left_out_and_said(gpu, tmp_path, monkeypatch):
 def test_without_a_gpu_it_says_so(gpu, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--out", str(tmp_path)])
     monkeypatch.setattr(gpu.torch.cuda, "is_available", lambda: False)
-    with pytest.raises(SystemExit, match="no GPU that PyTorch can use; --rehearse"):
+    with pytest.raises(UserError, match="no GPU that PyTorch can use; --rehearse"):
         gpu.main()
