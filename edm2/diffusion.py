@@ -253,8 +253,8 @@ def describe_memory(config, device, args):
     most, size = fit and split(batch, fit), split(batch, args.batch_gpu or batch)
     words = f"passes of {size} images need about {(besides + size * an_image) / 1e9:.1f} GB"
     print0(f"memory: {an_image / 1e9:.3f} GB an image of a pass, {besides / 1e9:.1f} GB besides: "
-           f"{words}; in {free / 1e9:.1f} GB that are free {most or 'none'} fit")
-    if size > most and rank() == 0:
+           f"{words}; in {free / 1e9:.1f} GB {most or 'none'} fit")
+    if size > most and device.type == "cuda" and rank() == 0:
         warn(f"{words}: {f'--batch_gpu {most}' if most else 'not even passes of 1'} would fit")
 
 class Throughput:

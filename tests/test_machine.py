@@ -176,18 +176,20 @@ def test_what_is_counted_is_what_autograd_keeps(tmp_path, net_type, dtype):
 
 def test_passes_that_do_not_fit(tmp_path, monkeypatch, capsys):
     config = load_config(ROOT / "config" / "cifar10" / "C.yaml")
-    args = SimpleNamespace(amp_dtype=torch.float16, batch_gpu=None)
+    args, count = SimpleNamespace(amp_dtype=torch.float16, batch_gpu=None), diffusion.training_bytes
+    monkeypatch.setattr(diffusion, "training_bytes",
+                        lambda config, device, dtype: count(config, CPU, dtype))
     for gigabytes, most in ((1, 0), (8, 128), (12, 256), (24, 512)):
         monkeypatch.setattr(machine, "memory", lambda device, n=gigabytes: n * 1e9)
-        diffusion.describe_memory(config, CPU, args)
+        diffusion.describe_memory(config, GPU, args)
         out, err = capsys.readouterr()
-        assert f"in {gigabytes}.0 GB that are free {most or 'none'} fit" in out
+        assert f"in {gigabytes}.0 GB {most or 'none'} fit" in out
         assert ("would fit" in err) == (most < 512)
         assert (f"--batch_gpu {most} would" if most else "not even passes of 1 would") in err + (
             "--batch_gpu 512 would")
     args.batch_gpu = 64
     monkeypatch.setattr(machine, "memory", lambda device: 24e9)
-    diffusion.describe_memory(config, CPU, args)
+    diffusion.describe_memory(config, GPU, args)
     out, err = capsys.readouterr()
     assert "passes of 64 images need about" in out and err == ""
 
