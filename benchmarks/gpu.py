@@ -25,7 +25,7 @@ from datetime import date
 from pathlib import Path
 import torch
 from sides import ROOT, machine
-from edm2 import diffusion, files
+from edm2 import diffusion, distributed, files
 from edm2.config import load_config
 from edm2.errors import UserError, command
 from edm2.machine import device_name
@@ -53,7 +53,7 @@ def main():
     args.end = time.monotonic() + 60 * args.minutes
     if args.rehearse:
         os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
-    elif not torch.cuda.is_available():
+    elif distributed.init().type == "cpu":      # Which raises for a driver that is too old.
         raise UserError("there is no GPU that PyTorch can use; --rehearse needs none")
     args.device = torch.device("cpu" if args.rehearse else "cuda")
     results = "runs/gpu-rehearsal" if args.rehearse else "benchmarks/results"

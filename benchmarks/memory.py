@@ -1,5 +1,5 @@
 """The largest passes (--batch_gpu) of training that fit a GPU, by config and memory: counted of
-fake tensors, as `train.py --dry_run` does, not measured.
+fake tensors, as `train.py --dry_run` does, not measured; with the data set on the GPU.
 
     python benchmarks/memory.py
 """
@@ -20,6 +20,7 @@ def main():
             config = load_config(ROOT / "config" / data / f"{letter}.yaml")
             an_image, besides = diffusion.training_bytes(config, torch.device("cpu"), torch.float16)
             size, batch = config.network.image_shape[-1], config.batch_size
+            besides += {32: 2e8, 64: 13e8}[config.network.image_shape[-1]]  # The data set as uint8.
             passes = [diffusion.split(batch, int(min((1e9 * n - besides) / an_image, batch)))
                       for n in SIZES]
             print(f"| {size}x{size} {letter}, batch {batch} | {an_image / 1e6:.0f} | "

@@ -252,8 +252,8 @@ def describe_memory(config, device, args):
     fit = max(0, int(min((free - besides) / an_image, batch)))
     most, size = fit and split(batch, fit), split(batch, args.batch_gpu or batch)
     words = f"passes of {size} images need about {(besides + size * an_image) / 1e9:.1f} GB"
-    print0(f"memory: {an_image / 1e9:.3f} GB an image of a pass, {besides / 1e9:.1f} GB besides: "
-           f"{words}; in {free / 1e9:.1f} GB {most or 'none'} fit")
+    print0(f"memory: {an_image / 1e9:.4f} GB an image of a pass, {besides / 1e9:.2f} GB besides: "
+           f"{words}; in {free / 1e9:.1f} GB {most or 'none'} of the {batch} fit")
     if size > most and device.type == "cuda" and rank() == 0:
         warn(f"{words}: {f'--batch_gpu {most}' if most else 'not even passes of 1'} would fit")
 

@@ -59,8 +59,8 @@ def resolve(args, device):
     args.compile = cuda if args.compile is None else args.compile
     if args.compile and not machine.has_compiler(device):
         args.compile = False
-        said.append(f"going on without torch.compile: no {'C' if cuda else 'C++'} compiler "
-                    "(such as gcc) was found")
+        said.append("going on without torch.compile, slower: no "
+                    f"{'C compiler (gcc)' if cuda else 'C++ compiler (g++)'} was found")
     for line in said if distributed.rank() == 0 else ():
         warn(line)
 

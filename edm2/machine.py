@@ -15,8 +15,8 @@ PEAKS = {"B200": 2250, "H200 NVL": 835, "H100 NVL": 835, "H200": 989, "H100 PCIe
          "A100": 312, "L40S": 362, "A40": 150, "V100": 125, "T4": 65,
          "RTX 4090(?! Laptop| D)": 165, "RTX 3090(?! Laptop)": 71}
 # These wheels serve drivers from 525 and GPUs from compute capability 5.0.
-OLDER = ("pip install torch torchvision --index-url https://download.pytorch.org/whl/cu126; "
-         "CUDA_VISIBLE_DEVICES=-1 means the CPU")
+OLDER = ("pip install --force-reinstall torch torchvision --index-url https://download.pytorch.org"
+         "/whl/cu126; with CUDA_VISIBLE_DEVICES=-1 it takes the CPU")
 
 def device_name(device):
     """The name of a device, as it stands beside a result."""
@@ -35,8 +35,8 @@ def cores():
 def check_launch():
     """Raise UserError where Slurm started several processes, and torchrun none of them."""
     if (n := os.environ.get("SLURM_NTASKS", "1")) != "1" and "WORLD_SIZE" not in os.environ:
-        raise UserError(f"SLURM_NTASKS is {n}, without torchrun: under srun each task is a run of "
-                        "its own; say srun --ntasks-per-node=1 torchrun ..., or SLURM_NTASKS=1")
+        raise UserError(f"SLURM_NTASKS is {n}, but this is not torchrun: srun starts {n} runs; say "
+                        f"srun -n1 torchrun --nproc_per_node={n} ..., or, for one, SLURM_NTASKS=1")
 
 def check_driver():
     """Raise UserError for an NVIDIA GPU that PyTorch cannot use: no one wants the CPU instead, but
@@ -47,7 +47,7 @@ def check_driver():
         reason = re.split(r"\. |\n", str(e))[0]
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1") or "No CUDA GPUs" in reason
     if driver := not hidden and driver_version():
-        needs = f"CUDA {torch.version.cuda} needs driver 580 (CUDA 12: 525): update it, or "
+        needs = f"CUDA {torch.version.cuda} needs driver 580 (CUDA 12: 525): update the driver, or "
         raise UserError(f"PyTorch cannot use the NVIDIA GPU with driver {driver} ({reason}): "
                         f"{needs if torch.version.cuda else ''}{OLDER}")
 

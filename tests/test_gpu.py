@@ -58,6 +58,6 @@ def test_without_time_parts_are_left_out_and_said(gpu, tmp_path, monkeypatch):
 
 def test_without_a_gpu_it_says_so(gpu, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--out", str(tmp_path)])
-    monkeypatch.setattr(gpu.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(gpu.distributed, "init", lambda: gpu.torch.device("cpu"))
     with pytest.raises(UserError, match="no GPU that PyTorch can use; --rehearse"):
         gpu.main()

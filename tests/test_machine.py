@@ -124,14 +124,14 @@ def test_without_a_compiler_it_goes_on_without_compiling(able, capsys):
     able(compilers=False)
     for device, asked, language in ((GPU, None, "C"), (GPU, True, "C"), (CPU, True, "C++")):
         _, compiled, said = resolved(device, capsys, compile=asked)
-        assert not compiled and f"without torch.compile: no {language} compiler" in said
+        assert not compiled and f"without torch.compile, slower: no {language} compiler" in said
         assert said.count("\n") == 1
     assert resolved(CPU, capsys)[1:] == resolved(GPU, capsys, compile=False)[1:] == (False, "")
 
 def test_no_compiler_in_a_run(tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", "/no/c++")
     done = run("train.py", "--config", tiny_config(tmp_path), "--compile", "--max_steps", 1)
-    assert done.returncode == 0 and "without torch.compile: no C++ compiler" in done.stderr
+    assert done.returncode == 0 and "without torch.compile, slower: no C++ compiler" in done.stderr
 
 def test_the_precision_is_said(trained, tmp_path):
     config = trained / "config.yaml"
@@ -183,7 +183,7 @@ def test_passes_that_do_not_fit(tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(machine, "memory", lambda device, n=gigabytes: n * 1e9)
         diffusion.describe_memory(config, GPU, args)
         out, err = capsys.readouterr()
-        assert f"in {gigabytes}.0 GB {most or 'none'} fit" in out
+        assert f"in {gigabytes}.0 GB {most or 'none'} of the 512 fit" in out
         assert ("would fit" in err) == (most < 512)
         assert (f"--batch_gpu {most} would" if most else "not even passes of 1 would") in err + (
             "--batch_gpu 512 would")
