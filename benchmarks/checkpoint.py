@@ -30,8 +30,8 @@ def main():
     args = p.parse_args()
     print(f"`{shlex.join(['python', *sys.argv])}`, {machine()}\n")
     print("| config | parameters | file (MB) | save, median (s) | least to most | plain, file (MB) "
-          "| plain, median (s) | load, median (s) | least to most | of training, at save_minutes 10 "
-          "|\n" + "|---" * 10 + "|")
+          "| plain, median (s) | load, median (s) | least to most | of training, each 10 minutes |")
+    print("|---" * 10 + "|")
     for name in args.configs:
         with tempfile.TemporaryDirectory(dir=args.dir) as folder:
             measure(name, folder, args.rounds)

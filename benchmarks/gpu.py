@@ -107,7 +107,7 @@ def plan(args):
     half = [] if args.rehearse else ["--amp_dtype", "float16"]
     configs = list(TARGETS)[:6] if not args.rehearse else ["step cifar10/C", "step tinyimagenet/G"]
     yield TESTS, 480, [sys.executable, "-m", "pytest", "-m", "cuda", "-p", "no:cacheprovider",
-                       "tests/test_cuda.py"]
+                       *(["-n", "2"] if args.rehearse else []), "tests/test_cuda.py"]
     for name in configs:
         config = name.removeprefix("step ")
         yield name, 240, script(
