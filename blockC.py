@@ -15,7 +15,7 @@ def normalize(x, dim, eps=1e-4):
 
 class Normalize(torch.autograd.Function):
     """y = s·x, s = 1/(‖x‖/√N + eps), has the gradients s·g and, by way of s, -x/‖x‖·s²/√N·Σg·x over
-    `dim`, g = dL/dy: of x, given twice. By hand: autograd's are the same bits in twice the time."""
+    `dim`, g = dL/dy: of x, given twice. By hand: autograd's cost twice the time and memory."""
     @staticmethod
     def forward(ctx, x, _, dim, eps):
         norm = torch.linalg.vector_norm(x, dim=dim, keepdim=True, dtype=torch.float32)
@@ -91,7 +91,7 @@ def resample(x, mode):
     if mode == "down":
         return F.avg_pool2d(x, 2)
     if mode == "up":
-        return F.interpolate(x, scale_factor=2, mode="nearest").to(x.dtype)  # CUDA autocasts it.
+        return F.interpolate(x, scale_factor=2, mode="nearest").to(x.dtype)  # fp32 on CUDA.
     return x
 
 # Self-attention over the pixels, queries, keys and values normalized (cosine attention, Eq. 30-34).

@@ -20,7 +20,7 @@ def unit_scale(x, dim, eps=1e-4):
 
 class Normalize(torch.autograd.Function):
     """y = a·s·x, a the gain, has the gradients a·s·g and, by way of s, -a·x/‖x‖·s²/√N·Σg·x over
-    `dim`, g = dL/dy: of x, given twice. By hand: autograd's are the same bits in twice the time."""
+    `dim`, g = dL/dy: of x, given twice. By hand: autograd's cost twice the time and memory."""
     @staticmethod
     def forward(ctx, x, _, dim, eps, gain):
         norm, scale = unit_scale(x, dim, eps)
@@ -99,7 +99,7 @@ def resample(x, mode):
     if mode == "down":
         return F.avg_pool2d(x, 2)
     if mode == "up":
-        return F.interpolate(x, scale_factor=2, mode="nearest").to(x.dtype)  # CUDA autocasts it.
+        return F.interpolate(x, scale_factor=2, mode="nearest").to(x.dtype)  # fp32 on CUDA.
     return x
 
 # Self-attention over the pixels, queries, keys and values normalized (cosine attention, Eq. 30-34).
@@ -163,4 +163,4 @@ class Block(nn.Module):
         x = mp_sum(x, y)                            # Eq. 88
         if self.attention is not None:
             x = self.attention(x)
-        return F.hardtanh_(x, -256, 256)            # In E and G: keeps float16 in range
+        return F.hardtanh_(x, -256, 256)            # Clipped: keeps float16 in range

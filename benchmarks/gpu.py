@@ -30,7 +30,7 @@ from edm2.config import load_config
 from edm2.errors import UserError, command
 from edm2.machine import device_name
 
-TESTS, DATA = "tests", "data"
+TESTS = "tests"
 # What a part's figures are held to: times faster than the plain way.
 TARGETS = {f"step {data}/{letter}": 2.0 if letter == "C" else 2.5
            for data in ("cifar10", "tinyimagenet") for letter in "CEG"}
@@ -105,10 +105,10 @@ def plan(args):
     small = ["network.n_channels=32", "network.attn_channels_per_head=32"] if args.rehearse else []
     small = [word for setting in small for word in ("--set", setting)]
     half = [] if args.rehearse else ["--amp_dtype", "float16"]
-    configs = list(TARGETS)[:6] if not args.rehearse else ["step cifar10/C", "step tinyimagenet/G"]
+    steps = [name for name in TARGETS if name.startswith("step ")]
     yield TESTS, 480, [sys.executable, "-m", "pytest", "-m", "cuda", "-p", "no:cacheprovider",
                        *(["-n", "2"] if args.rehearse else []), "tests/test_cuda.py"]
-    for name in configs:
+    for name in steps[::5] if args.rehearse else steps:
         config = name.removeprefix("step ")
         yield name, 240, script(
             "train_step", "--configs", config, "--batch", batch(config, args), *half, *small,
@@ -118,7 +118,7 @@ def plan(args):
             "sample", "--configs", f"cifar10/{letter}", "--n", 4 if args.rehearse else 4096, *half,
             "--rounds", 1 if args.rehearse else 2, "--steps", 2 if args.rehearse else 18, *small,
             "--json", args.out / "rows")
-    yield DATA, 150, script("data", "--rounds", 1 if args.rehearse else 5, *(
+    yield "data", 150, script("data", "--rounds", 1 if args.rehearse else 5, *(
         ["--cifar10", args.data_root] if args.has_cifar10 else []))
     yield "checkpoint", 60, script("checkpoint", "--configs",
                                    "digits/G" if args.rehearse else "cifar10/G")
@@ -152,7 +152,8 @@ def call(words, limit, args):
                                text=True, start_new_session=True)
     try:
         out, err = process.communicate(timeout=limit)
-        error = "" if process.returncode == 0 else "\n".join((out + err).splitlines()[-25:])
+        said = "\n".join((out + err).splitlines()[-25:])
+        error = f"{said}\nexit code {process.returncode}" if process.returncode else ""
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         out, err = process.communicate()
@@ -201,7 +202,7 @@ def train(args, state, page):
 
 def save_dir(args, name):
     """Where a run of the training goes."""
-    return ROOT / "runs" / ("gpu-rehearsal" if args.rehearse else "gpu") / name
+    return ROOT / "runs" / ("gpu-rehearsal" if args.rehearse else "gpu") / "training" / name
 
 def training(letter, n_epoch, args, name, *words):
     """The command that trains a config for so many epochs, the schedule in proportion."""

@@ -63,7 +63,7 @@ def main():
     p.add_argument("--profile", action="store_true", help="where the time of a step goes, too")
     args = p.parse_args()
     cpu, amp_dtype = not torch.cuda.is_available(), args.amp_dtype
-    overrides, rows = ["dynamics_every=0", *args.set], []
+    overrides = ["dynamics_every=0", *args.set]
     if args.batch or cpu:
         overrides.append(f"batch_size={args.batch or 8}")
     configs = {name: load_config(ROOT / "config" / f"{name}.yaml", overrides)
@@ -86,8 +86,23 @@ def main():
     if args.peer:
         sides["peer"] = (peer, config, amp_dtype)
     timings = alternate(sides, args.rounds)
-    reached = max(matrix_flops(amp_dtype) for _ in range(3))
+    rows = print_steps(timings, configs, amp_dtype)
+    if args.json:
+        args.json.write_text(json.dumps(rows))
+    compare(timings, args)
+    if not args.no_shares:
+        print_shares(configs, overrides, amp_dtype)
+    if args.profile:
+        found = {side: alternate({side: (profile, *how)}, 1, 1)[side].returned[0]
+                 for side, how in sides.items() if side != "peer"}
+        print(f"\n| seconds of a step, by name of the operation | {' | '.join(found)} |\n"
+              + "|---" * (len(found) + 1) + "|")
+        for kind in [*KINDS, "other"]:
+            print(f"| {kind} | {' | '.join(f'{parts[kind]:.3f}' for parts in found.values())} |")
 
+def print_steps(timings, configs, amp_dtype):
+    """Print the table of steps; return what benchmarks/gpu.py takes of it."""
+    rows, reached = [], max(matrix_flops(amp_dtype) for _ in range(3))
     print(f"`{shlex.join(['python', *sys.argv])}`, {machine()}; a matrix product reaches "
           f"{reached / 1e12:.3g} TFLOP/s\n")
     peak = peak_flops(distributed.init()) if amp_dtype else None
@@ -96,7 +111,7 @@ def main():
           "| times faster than plain |\n" + "|---" * 12 + "|")
     for side, timing in timings.items():
         name = side.partition(",")[0]
-        config = configs[args.configs[-1] if name == "peer" else name]
+        config = list(configs.values())[-1] if name == "peer" else configs[name]
         n_parameters, gflop = peer_cost(config) if name == "peer" else diffusion.cost(config)
         B, flops = config.batch_size, gflop * 1e9 * config.batch_size / timing.median
         against = timings.get(f"{name}, plain")
@@ -110,18 +125,7 @@ def main():
                      "img_per_s": B / timing.median, "MFU": peak and flops / peak,
                      "memory": timing.memory,
                      "faster": times_faster(timing, against) if against else None})
-    if args.json:
-        args.json.write_text(json.dumps(rows))
-    compare(timings, args)
-    if not args.no_shares:
-        print_shares(configs, overrides, amp_dtype)
-    if args.profile:
-        found = {side: alternate({side: (profile, *how)}, 1, 1)[side].returned[0]
-                 for side, how in sides.items() if side != "peer"}
-        print(f"\n| seconds of a step, by name of the operation | {' | '.join(found)} |\n"
-              + "|---" * (len(found) + 1) + "|")
-        for kind in [*KINDS, "other"]:
-            print(f"| {kind} | {' | '.join(f'{parts[kind]:.3f}' for parts in found.values())} |")
+    return rows
 
 def print_shares(configs, overrides, amp_dtype):
     """Print what a step of train.py spends beside the network."""

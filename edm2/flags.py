@@ -49,7 +49,7 @@ def ranges(kind):
     return convert
 
 def resolve(args, device):
-    """Make args.amp_dtype a torch.dtype or None, args.compile a bool; say what one did not ask."""
+    """Make args.amp_dtype a torch.dtype or None, args.compile a bool; warn of slower ways."""
     cuda, said = device.type == "cuda", []
     name = args.amp_dtype or (args.use_amp and ("float16" if cuda else "bfloat16"))
     args.amp_dtype = getattr(torch, name) if name else None

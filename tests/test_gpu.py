@@ -36,18 +36,20 @@ def test_it_goes_on_after_a_failure_and_then_does_what_is_missing(gpu, tmp_path,
     row = {"batch": 8, "faster": 2.5, "img_per_s": 9.0, "seconds": 0.5, "MFU": 0.4, "memory": 1.0}
     rows = f"import json; json.dump({[row, row]}, open({str(tmp_path / 'rows')!r}, 'w'))"
     plan = [("tests", 60, python(count)), ("breaks", 60, python("raise ValueError('is broken')")),
+            ("dies", 60, python("import os; os._exit(3)")),
             ("hangs", 1, python("import time; print('begun', flush=True); time.sleep(60)")),
             ("step cifar10/C", 60, python(rows))]
     message, parts, page = rehearse(gpu, tmp_path, monkeypatch, plan)
-    assert message == "gpu.py: 2 of 4 parts failed: breaks, hangs"
-    assert [part["ok"] for part in parts.values()] == [True, False, False, True]
-    assert "is broken" in page and "it ran past 1 s" in page and "2 of 4 parts failed" in page
+    assert message == "gpu.py: 3 of 5 parts failed: breaks, dies, hangs"
+    assert [part["ok"] for part in parts.values()] == [True, False, False, False, True]
+    assert "is broken" in page and "it ran past 1 s" in page and "3 of 5 parts failed" in page
+    assert parts["dies"]["error"].strip() == "exit code 3"      # Without a word.
     assert "| step cifar10/C | 2.50 | 2.0 | 8 | 9.0 | 500.0 | 40.0% | 1.00 | 1.00 |" in page
     plan[1] = "breaks", 60, python("print()")
-    plan[2] = "hangs", 60, python("print()")
+    plan[2:4] = [(name, 60, python("print()")) for name in ("dies", "hangs")]
     message, parts, page = rehearse(gpu, tmp_path, monkeypatch, plan)
     assert message is None and all(part["ok"] for part in parts.values())
-    assert "Failed" not in page and "0 of 4 parts failed" in page
+    assert "Failed" not in page and "0 of 5 parts failed" in page
     assert (tmp_path / "count").read_text() == "x"          # What was done is not done again.
 
 def test_without_time_parts_are_left_out_and_said(gpu, tmp_path, monkeypatch):
