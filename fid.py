@@ -15,6 +15,7 @@ from edm2 import checkpoint, data, distributed, features, files, flags, frechet,
 from edm2.config import Count, load_config
 from edm2.errors import UserError, command, warn
 from edm2.image_files import some
+from edm2.neighbours import Training, compare
 
 def main():
     """Parse the command line, score what it names."""
@@ -28,6 +29,8 @@ def main():
     add("--features", choices=[*features.WEIGHTS, "pixels"], default="inception")
     add("--weights", metavar="FILE", help="weights of the features (default: torch's hub cache)")
     add("--weights_sha256", metavar="HEX", help="of other weights, whose score is not called FID")
+    add("--neighbours", type=count, metavar="N",
+        help="draw the N samples nearest to training images, beside these; are they too near?")
     add("--metrics", type=lambda s: s.split(","), default=[], help=",".join(frechet.METRICS))
     guidance.add_flags(p)
     args = p.parse_args()
@@ -40,7 +43,8 @@ def main():
                                     "--guidance, --guide"),
             ((args.weights or args.weights_sha256) and args.features == "pixels",
              "--weights: not of --features pixels"),
-            (args.paths and (args.set or args.images or which), "what is of a run needs --config")):
+            (args.paths and (args.set or args.images or args.neighbours or which),
+             "what is of a run needs --config")):
         if wrong:
             p.error(message)
 
@@ -58,8 +62,9 @@ def main():
     if config:
         keep = bool(set(args.metrics) - {"is"})
         reference = frechet.reference(config, images, extractor, args.batch_gpu, keep)
+        training = args.neighbours and Training(config, images, extractor, args.batch_gpu)
         for epoch, folders in sets.items():
-            score_epoch(config, args, epoch, folders, reference, extractor)
+            score_epoch(config, args, epoch, folders, (reference, training), extractor)
     else:
         a, b = (frechet.compute(one, extractor, args.batch_gpu, bool(args.metrics)) for one in pair)
         score(a, b, extractor, args.metrics)
@@ -81,13 +86,15 @@ def score(samples, reference, extractor, metrics, of=""):
              f"(its bias grows as 1/n): compare it only with scores of the same n")
     return found
 
-def score_epoch(config, args, epoch, folders, reference, extractor):
+def score_epoch(config, args, epoch, folders, references, extractor):
     """Score a checkpoint's samples against the training set; append the scores to results.jsonl."""
-    start, scores, lines = time.perf_counter(), [], []
+    start, scores, lines, (reference, training) = time.perf_counter(), [], [], references
     for folder, made in folders.items():
-        samples = features.open_samples(folder, range(made["n"]))
-        samples = frechet.compute(samples, extractor, args.batch_gpu, bool(args.metrics))
+        images, keep = features.open_samples(folder, range(made["n"])), args.metrics or training
+        samples = frechet.compute(images, extractor, args.batch_gpu, bool(keep))
         scores.append(score(samples, reference, extractor, args.metrics, f"epoch {epoch}, "))
+        if training and distributed.rank() == 0:
+            scores[-1] |= compare(images, samples.features, training, extractor, args.neighbours)
     if distributed.rank() == 0:
         made = next(iter(folders.values()))
         common = {"seeds": [one.get("seed") for one in folders.values()],

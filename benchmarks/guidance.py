@@ -45,6 +45,8 @@ def main():
               if w != 1 or epoch is None]
     guides.sort(key=lambda guide: guide[1] or 0)
     judges, rows = [judge(mirrored) for mirrored in (False, True)], {}
+    for seed in range(args.seeds):
+        call("train.py", args, seed)
     for seed, (w, epoch) in itertools.product(range(args.seeds), guides):
         rows.setdefault((w, epoch), []).append(measure(args, seed, w, epoch, judges))
     print(f"`{shlex.join(['python', *sys.argv])}`, {machine()}; {args.n_samples} samples, the mean "
@@ -72,10 +74,9 @@ def call(script, args, seed, *more):
     return done.stdout
 
 def measure(args, seed, w, epoch, judges):
-    """Train, sample and score with one weight and guide. Return the figures and the folder."""
+    """Sample and score with one weight and guide. Return the figures and the folder."""
     flags = ["--n_samples", args.n_samples] + ["--guidance", f"{w:g}"] * (w != 1)
     flags += ["--guide", f"{args.save_dir}/{seed}:{epoch}"] if epoch is not None else []
-    call("train.py", args, seed)
     said = call("sample.py", args, seed, *flags)
     folder = Path(said.partition("images: ")[2].split("  ")[0])
     evaluations = re.search(r"each of (\d+) evaluations(?: and (\d+))?", said).groups("0")

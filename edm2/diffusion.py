@@ -12,17 +12,14 @@ import torch
 import yaml
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-import blockC
-import blockE
-import blockG
+import unetC
+import unetE
+import unetG
 from edm2 import augmentation, machine
 from edm2.distributed import print0, rank, world_size
 from edm2.errors import UserError, warn
-from unetC import UNetC
-from unetE import UNetE
-from unetG import UNetG
 
-NETWORKS = {"UNetC": (UNetC, blockC), "UNetE": (UNetE, blockE), "UNetG": (UNetG, blockG)}
+NETWORKS = {"UNetC": unetC, "UNetE": unetE, "UNetG": unetG}     # {net_type: its module}
 
 class EDM(nn.Module):
     """Denoiser D(x; sigma) and its training loss around a raw network F(x; c_noise).
@@ -74,14 +71,18 @@ def edm_loss(D_x, y, sigma, sigma_data):
 
 def build(config, amp_dtype=None):
     """An EDM from a Config. UserError: widths that the network's layers cannot divide."""
-    UNet, block = NETWORKS[config.net_type]
+    module = NETWORKS[config.net_type]
     try:
-        net = UNet(**config.network.model_dump(),
-                   augment_dim=augmentation.N_NUMBERS if config.augment else 0)
+        net = getattr(module, config.net_type)(**arguments(config))
     except ValueError as e:
         raise UserError(f"network: {e}") from None
-    uncertainty = nn.Sequential(block.Fourier(128), block.Linear(128, 1))
+    uncertainty = nn.Sequential(module.Fourier(128), module.Linear(128, 1))
     return EDM(net, uncertainty, config, amp_dtype)
+
+def arguments(config):
+    """The network's constructor arguments of a Config."""
+    return config.network.model_dump() | {
+        "augment_dim": augmentation.N_NUMBERS if config.augment else 0}
 
 def deploy(denoiser, device, channels_last=True, compiled=False):
     """Bring an EDM for sampling or features to a device, and compile it if asked."""

@@ -50,6 +50,7 @@ class Evaluator:
     def measure(self, denoiser):
         """{name: value} of an EDM, in all processes, which share the work."""
         found, linear = held_out_loss(denoiser, *self.held_out, self.batch_gpu), self.config.linear
+        found |= learned_uncertainty(denoiser)
         try:
             if n := self.config.eval.fid:
                 found[f"{self.extractor.metric('FID')} n={n}"] = self.fid(denoiser, n)
@@ -73,6 +74,13 @@ class Evaluator:
                 moments.sum += math.nan
         samples = moments.statistics(f"{n} samples")
         return distributed.on_rank0(frechet.distance, samples, self.reference)
+
+@torch.no_grad()
+def learned_uncertainty(denoiser):
+    """u(sigma) at LEVELS, by name: e^u is the training loss that is expected (EDM2 Eq. 17-21)."""
+    sigma = torch.tensor(LEVELS, device=next(denoiser.parameters()).device).float()
+    u = denoiser.uncertainty.eval()(sigma.log() / 4)[:, 0]      # E and G: the weights stay.
+    return {f"u/{level:.3g}": value for level, value in zip(LEVELS, u.tolist(), strict=True)}
 
 @torch.no_grad()
 def held_out_loss(denoiser, images, labels, batch_size=None):

@@ -7,14 +7,15 @@ from edm2 import distributed, machine
 from edm2.config import Count, Index, SigmaRel, explain
 from edm2.errors import warn
 
-def parser(docstring, network=False, sigma_rel=False, config_required=True):
+def parser(docstring, network=False, sigma_rel=False, config_required=True, passes=True):
     """An argument parser with the flags that the commands share, those of the network if asked."""
     p = argparse.ArgumentParser(description=docstring,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     add, either = p.add_argument, argparse.BooleanOptionalAction
     add("--config", required=config_required, help="YAML file, such as config/cifar10/C.yaml")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="override a YAML key")
-    add("--batch_gpu", type=flag(Count), metavar="N", help="images per process and pass at most")
+    if passes:
+        add("--batch_gpu", type=flag(Count), metavar="N", help="images per process, pass at most")
     if sigma_rel:
         add("--sigma_rel", type=flag(SigmaRel), metavar="S", help="an EMA's length, 0.02 to 0.28")
     if network:

@@ -4,7 +4,9 @@ Some runs:            python -m edm2.results runs/cifar10/C runs/cifar10/E
 All that lie in runs: python -m edm2.results
 Training dynamics:    python -m edm2.results --dynamics runs/cifar10/C runs/cifar10/E runs/cifar10/G
 Scores by EMA length: python -m edm2.results --ema runs/cifar10/G
-Scores by guidance:   python -m edm2.results --guidance runs/cifar10/G_cond"""
+Scores by guidance:   python -m edm2.results --guidance runs/cifar10/G_cond
+Scores by evaluations of the network: python -m edm2.results --steps runs/cifar10/G
+Held-out loss and u(sigma) by noise level: python -m edm2.results --levels runs/cifar10/G"""
 
 import argparse
 import json
@@ -16,39 +18,49 @@ from importlib import metadata
 from pathlib import Path
 from edm2 import distributed, dynamics, files, frechet, guidance, machine
 from edm2.errors import UserError, command, warn
+from edm2.evaluation import LEVELS
 from edm2.image_files import some
 
 NAMES = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "tinyimagenet": "Tiny ImageNet"}
 # The samples that the table compares.
 STANDARD = {"weights": "ema", "sigma_rel": None, "steps": 18, "eta": 0, "clip_denoised": False,
             "classes": None, "guidance": None, "guidance_interval": None, "guide": None}
+# What scores are drawn against: {flag: (axis, settings that may differ, flags that make more)}.
+AXES = {"ema": ("relative EMA length, sigma_rel", ["sigma_rel"], "--sigma_rel 0.05, ..."),
+        "guidance": ("weight of guidance", ["guidance", "guidance_interval", "guide"],
+                     "--guidance 2, ..."),
+        "steps": ("evaluations of the network for an image", ["steps", "eta"],
+                  "sample.py --steps 9, fid.py --images, ...")}
 
 def main():
     """Parse the command line, print the table, draw the curves."""
     p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     add = p.add_argument
-    add("runs", nargs="*", metavar="RUN", help="save_dir of a run, or of several (default: ./runs)")
-    add("--out", metavar="PNG", help="default: results.png, dynamics.png, ema.png or guidance.png")
+    add("results", nargs="*", metavar="RUN", help="save_dir of a run or several (default: ./runs)")
+    add("--out", metavar="PNG", help="default: results.png, dynamics.png, ema.png, ...")
     add("--dynamics", nargs="+", metavar="RUN", help="draw the training dynamics")
-    add("--ema", metavar="RUN", help="draw scores by the relative length of the EMA")
-    add("--guidance", metavar="RUN", help="draw scores by the weight of guidance")
-    add("--figure", help="with these two: the score, such as FID or probe (default: all)")
+    add("--levels", metavar="RUN", help="draw held-out loss and u(sigma) by noise level")
+    for axis, (words, *_) in AXES.items():
+        add(f"--{axis}", metavar="RUN", help=f"draw scores by {words}")
+    add("--figure", help="with these three: the score, such as FID or probe (default: all)")
     args = p.parse_args()
-    if sum(map(bool, (args.runs, args.dynamics, args.ema, args.guidance))) > 1:
-        p.error("name runs alone, or after --dynamics, or one after --ema or --guidance")
-    if args.figure and not (args.ema or args.guidance):
-        p.error("--figure needs --ema or --guidance")
-    name, x_label = "results", "training images seen (millions)"
-    if args.dynamics:
+    kinds = [kind for kind in ("results", "dynamics", "levels", *AXES) if getattr(args, kind)]
+    if len(kinds) > 1:
+        p.error("name runs alone, or after --dynamics, or one after --levels, --ema, ...")
+    name, x_label = (kinds or ["results"])[0], "training images seen (millions)"
+    if args.figure and name not in AXES:
+        p.error(f"--figure needs one of --{', --'.join(AXES)}")
+    if name == "dynamics":
         records = dynamics.read(args.dynamics)
-        name, text, rows = "dynamics", dynamics.table(records), dynamics.curves(records)
-    elif run := args.ema or args.guidance:
-        name, setting = ("ema", "sigma_rel") if args.ema else ("guidance", "guidance")
-        x_label = "relative EMA length, sigma_rel" if args.ema else "weight of guidance"
-        text, rows = "", {"score": along(run, setting, args.figure)}
+        text, rows = dynamics.table(records), dynamics.curves(records)
+    elif name == "levels":
+        text, rows = levels(args.levels)
+    elif name in AXES:
+        x_label, text = AXES[name][0], ""
+        rows = {"score": along(getattr(args, name), name, args.figure)}
     else:
-        runs = [run for folder in args.runs or ["runs"] for run in scored(folder)]
+        runs = [run for folder in args.results or ["runs"] for run in scored(folder)]
         results = {run: lines for run in runs if (lines := read(run))}
         shown = {line["figure"] for lines in results.values() for line in lines}
         metrics = sorted(filter(is_distance, shown), reverse=True) + ["probe"] * ("probe" in shown)
@@ -56,7 +68,8 @@ def main():
             raise UserError(f"{', '.join(runs)}: no FID and no probe accuracy there yet")
         text, rows = table(results, metrics), {"score": by_images(results, metrics)}
     print(text)
-    figure, out = draw(rows, x_label, log=bool(args.dynamics)), args.out or f"{name}.png"
+    log, out = name in ("dynamics", "levels", "steps"), args.out or f"{name}.png"
+    figure = draw(rows, x_label, log, shared=log and name != "steps")
     with files.atomic(out) as temporary:
         figure.savefig(temporary, format="png")
     print(f"curves: {out}")
@@ -171,26 +184,49 @@ def by_images(results, metrics):
         panels[metric][name + remark] = [(line["Mimg"], line["value"]) for line in best]
     return {titled(metric): curves for metric, curves in panels.items()}
 
-def along(run, setting, name):
-    """{metric: {label: [(value of a setting, score)]}} of a run, of all metrics or `name`, by its
-    samples' "sigma_rel" or "guidance" (unguided ones: 1)."""
-    free = ["sigma_rel"] if setting == "sigma_rel" else ["guidance", "guidance_interval", "guide"]
-    kinds, plain = {}, {}       # {metric: {what it is of: {(epoch, how): [(setting, score)]}}}
-    for line in read(run, {key: STANDARD[key] for key in STANDARD if key not in free}):
+def levels(run):
+    """A table and panels of a run: the held-out loss at LEVELS over training, and e^u(sigma), the
+    training loss that the network expects there."""
+    lines = dynamics.read_lines(Path(run) / "metrics.jsonl", lambda line: line["Mimg"] + 0,
+                                "name the save_dir of a run with eval_every")
+    panels = {title: {f"sigma {level:.3g}": [
+        (line["Mimg"], value(line[name])) for line in lines
+        if line.get(name := f"{key}/{level:.3g}") is not None] for level in LEVELS}
+        for title, key, value in (("held-out loss", "heldout_loss", float),
+                                  ("e^u(sigma), the training loss expected", "u", math.exp))}
+    if not all(points for panel in panels.values() for points in panel.values()):
+        raise UserError(f"{run} holds no held-out loss with u(sigma): train with eval_every")
+    rows = ["| | held-out loss, first to last | e^u |", "|---|---|---|"]
+    for label in panels["held-out loss"]:
+        ends = [(panel[label][0][1], panel[label][-1][1]) for panel in panels.values()]
+        rows.append(f"| {label} | " + " | ".join(f"{a:.3g} to {b:.3g}" for a, b in ends) + " |")
+    return "\n".join(rows) + "\n", {"loss per pixel, weighted by λ(sigma)": panels}
+
+def along(run, axis, name):
+    """{metric: {label: [(x, score)]}} of a run, of all metrics or `name`; x, as AXES says, of its
+    samples: sigma_rel, weight of guidance (1: unguided), or evaluations (Heun: 2·steps - 1)."""
+    _, (setting, *others), flags = AXES[axis]
+    kinds, plain = {}, {}       # {metric: {what it is of: {(epoch, how): [(x, score)]}}}
+    for line in read(run, {k: v for k, v in STANDARD.items() if k not in (setting, *others)}):
         of = (f" t={line.get('timestep')} {line['features']}" if line["figure"] == "probe" else
               f" n={line['n']:,}, seeds {line['seeds']}")
-        x, kind = line["sampling"].get(setting), line["figure"] + of
+        made, kind = line["sampling"], line["figure"] + of
+        x = made[setting]
         if x is None:
-            plain[kind, line["epoch"]] = [(1, line["value"])] if setting == "guidance" else []
-        else:
-            how = guidance.variant(line["sampling"] | {"guidance": None}).replace("_", ", ")
-            how += ", classifier-free" * (setting == "guidance" and "guide" not in how)
+            plain[kind, line["epoch"]] = [(1, line["value"])] if axis == "guidance" else []
+        elif axis != "steps" or line["figure"] != "probe":
+            how = guidance.variant(made | {"guidance": None}).replace("_", ", ")
+            how += ", classifier-free" * (axis == "guidance" and "guide" not in how)
+            if axis == "steps":
+                x, how = 2 * x - 1, f", eta {made['eta']:g}"
             curves = kinds.setdefault(line["figure"], {}).setdefault(kind, {})
             curves.setdefault((line["epoch"], how), []).append((x, line["value"]))
+    if axis == "steps":                     # One number of steps is no curve.
+        kinds = {metric: found for metric, found in kinds.items() if any(
+            len(points) > 1 for curves in found.values() for points in curves.values())}
     if not kinds or name not in (None, *kinds):
-        flag = "--sigma_rel 0.05" if setting == "sigma_rel" else "--guidance 2"
         raise UserError(f"{run} holds no such score by {setting}, only {', '.join(kinds) or '-'}: "
-                        f"make some with {flag}, ...")
+                        f"make some with {flags}")
     best = [max(found.items(), key=lambda item: sum(map(len, item[1].values())))
             for metric, found in kinds.items() if name in (None, metric)]
     return {titled(kind): {f"epoch {epoch}{how}": points + plain.get((kind, epoch), [])
@@ -198,16 +234,17 @@ def along(run, setting, name):
 
 def titled(metric):
     """The title of a metric's panel."""
-    less = is_distance(metric) or metric.startswith(("KID", "KD(", "KD_"))
+    less = is_distance(metric) or metric.startswith(("KID", "KD(", "KD_", "nearer"))
     unit = " (test accuracy, %)" * metric.startswith("probe")
     return f"{metric}{unit}, {'less' if less else 'more'} is better"
 
-def draw(rows, x_label, log=False):
-    """A matplotlib Figure of {y label: {title: {label: [(x, y)]}}}, a row of panels per y label."""
+def draw(rows, x_label, log=False, shared=False):
+    """A matplotlib Figure of {y label: {title: {label: [(x, y)]}}}, a row of panels per y label,
+    with logarithmic and with shared y axes if asked."""
     from matplotlib.figure import Figure  # Slow to import: only where it is used.
     columns = max(map(len, rows.values()))
     figure = Figure(figsize=(5 * columns, 3.6 * len(rows)), layout="constrained", dpi=150)
-    grid = figure.subplots(len(rows), columns, squeeze=False, sharey="row" if log else False)
+    grid = figure.subplots(len(rows), columns, squeeze=False, sharey="row" if shared else False)
     for panels, (y_label, titles) in zip(grid, rows.items(), strict=True):
         for axes, (title, curves) in zip(panels, titles.items(), strict=True):
             for i, (label, points) in enumerate(curves.items()):
@@ -219,7 +256,7 @@ def draw(rows, x_label, log=False):
             axes.grid(alpha=0.3, which="both")
             axes.legend(fontsize=7)
         low, high = panels[0].get_ylim()
-        if log and high < 4 * low:          # What hardly changes is to look like that.
+        if shared and high < 4 * low:          # What hardly changes is to look like that.
             panels[0].set_ylim(math.sqrt(low * high) / 2, math.sqrt(low * high) * 2)
     return figure
 

@@ -63,7 +63,8 @@ def run(script, *args, cwd=ROOT, processes=None, **how):
     if processes or how:
         return subprocess.run(**launch(script, *args, processes=processes, **how), cwd=cwd,
                               capture_output=True, timeout=600)
-    module = "edm2.results" if script == "results.py" else script.removesuffix(".py")
+    module = script.removesuffix(".py")
+    module = f"edm2.{module}" if module in ("results", "export") else module
     main, out, err = importlib.import_module(module).main, io.StringIO(), io.StringIO()
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
     before = [signal.getsignal(number) for number in numbers], torch.get_num_threads()

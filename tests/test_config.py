@@ -51,7 +51,7 @@ def test_shipped_config_is_the_recipe(path):
 
 @pytest.mark.parametrize("net_type", NETS)
 def test_network_defaults_are_the_constructors(net_type):
-    parameters = inspect.signature(diffusion.NETWORKS[net_type][0]).parameters
+    parameters = inspect.signature(getattr(diffusion.NETWORKS[net_type], net_type)).parameters
     values = {name: list(p.default) if isinstance(p.default, tuple) else p.default
               for name, p in parameters.items()}
     assert list((Network().model_dump() | {"augment_dim": 0}).items()) == list(values.items())

@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import NETS, distance, refused, results, run, succeed, tiny_config, weights
 from PIL import Image
+import blockG
 from edm2 import data, diffusion, evaluation, guidance, image_files, linear_probe
 from edm2.config import Diffusion, load_config
 from edm2.posthoc_ema import load_denoiser
@@ -70,7 +71,7 @@ def test_a_label_is_added_to_the_embedding(tmp_path, net_type):
         label = denoiser.net.emb_label(math.sqrt(10) * torch.eye(10)[[3, 7]])
         base = unconditional.net.emb0(unconditional.net.fourier(sigma.log() / 4))
         if net_type == "UNetG":
-            expected = diffusion.blockG.mp_silu((base + label) / math.sqrt(2))
+            expected = blockG.mp_silu((base + label) / math.sqrt(2))
         else:
             expected = torch.nn.functional.silu(
                 unconditional.net.emb1(torch.nn.functional.silu(base)) + label)
@@ -83,9 +84,9 @@ def test_g_keeps_magnitudes_with_and_without_label():
     """Before SiLU the embedding of a label has mean square 1, without one 1/2; the blocks of both
     about 1 at the start."""
     torch.manual_seed(0)
-    net = diffusion.NETWORKS["UNetG"][0](label_dim=10, augment_dim=9,
+    net = diffusion.NETWORKS["UNetG"].UNetG(label_dim=10, augment_dim=9,
                                          attn_channels_per_head=64).eval()
-    found, silu, seen = [], diffusion.blockG.mp_silu, []
+    found, silu, seen = [], blockG.mp_silu, []
     for block in (*net.encoder, *net.middle, *net.decoder):
         block.register_forward_hook(lambda m, i, out: found.append(out.square().mean().item()))
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():

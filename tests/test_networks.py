@@ -17,7 +17,7 @@ UNIT = pytest.approx(1, rel=0.02)
 
 def build(net_type, **changes):
     torch.manual_seed(0)
-    return NETWORKS[net_type][0](**SMALL | changes)
+    return getattr(NETWORKS[net_type], net_type)(**SMALL | changes)
 
 def inputs(n=2):
     return torch.randn(n, 3, 16, 16), torch.randn(n)
@@ -34,7 +34,7 @@ def mean_square(x, *dim):
 def test_parameter_counts(size, counts):
     for net_type, count in zip(NETS, counts, strict=True):
         with torch.device("meta"):
-            nets = [NETWORKS[net_type][0](**size, **more)
+            nets = [getattr(NETWORKS[net_type], net_type)(**size, **more)
                     for more in ({}, {"label_dim": 10}, {"label_dim": 1000}, {"augment_dim": 9})]
         width, is_g = 4 * size.get("n_channels", 128), net_type == "UNetG"
         assert [sum(p.numel() for p in net.parameters() if p.requires_grad) for net in nets] == [
@@ -121,7 +121,7 @@ def test_normalize_and_group_norm_give_unit_mean_square():
 
 def test_activations_leave_every_block_of_g_at_unit_magnitude():
     torch.manual_seed(0)
-    net = NETWORKS["UNetG"][0](attn_channels_per_head=64).eval()    # The shipped 32x32 network.
+    net = NETWORKS["UNetG"].UNetG(attn_channels_per_head=64).eval()    # The shipped 32x32 network.
     found = {}
     for name, module in net.named_modules():
         if isinstance(module, blockG.Block):

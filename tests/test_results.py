@@ -1,9 +1,17 @@
 """edm2.results: the table and the curves of what fid.py and probe.py leave behind."""
 
 import json
+import math
+import re
+import shutil
 import pytest
-from conftest import refused, run, succeed
+import torch
+from conftest import metrics, refused, results, run, succeed, tiny_config, weights
 from PIL import Image
+from edm2 import diffusion
+from edm2.config import load_config
+from edm2.evaluation import LEVELS
+from edm2.results import along, levels
 
 def write(folder, dataset, config, *rows):
     """A run's results.jsonl; rows: (figure, value, epoch, n, other keys). Return its folder."""
@@ -58,6 +66,48 @@ def test_like_is_compared_with_like(tmp_path):
     assert succeed("results.py", cwd=tmp_path).splitlines()[2] == row
     assert succeed("results.py", tmp_path, cwd=tmp_path).splitlines()[2] == row
     assert (tmp_path / "results.png").exists()
+
+def test_scores_against_evaluations(trained, tmp_path):
+    """Samples of three numbers of steps, with and without churn; Heun's 2n - 1 evaluations."""
+    copy = shutil.copytree(trained / "run", tmp_path / "run")
+    flags = ("--config", trained / "config.yaml", "--set", f"save_dir={copy}")
+    how = ("fid.py", *flags, "--features", "pixels")
+    for more in ([], ["--steps", 4], ["--steps", 7], ["--steps", 4, "--eta", 0.5]):
+        out = succeed("sample.py", *flags, "--n_samples", 20, *more)
+        folder = re.search("images: (.*)/images", out)[1]
+        evaluations = int(re.search(r"each of (\d+) evaluations", out)[1])
+        assert evaluations == 2 * (more[1] if more else 18) - 1
+        succeed(*how, "--images", folder)
+    succeed("probe.py", *flags)                 # Of no sampler.
+    (curves,) = along(copy, "steps", None).values()
+    assert {label: sorted(x for x, _ in points) for label, points in curves.items()} == {
+        "epoch 3, eta 0": [7, 13, 35], "epoch 3, eta 0.5": [7]}
+    values = {(line["sampling"]["steps"], line["sampling"]["eta"]): line["value"]
+              for line in results(copy) if line["figure"] == "FD(pixels)"}
+    assert dict(curves["epoch 3, eta 0"]) == {7: values[4, 0], 13: values[7, 0], 35: values[18, 0]}
+    succeed("results.py", "--steps", copy, "--out", tmp_path / "a.png")
+    assert Image.open(tmp_path / "a.png").width > 500
+    refused("results.py", "--steps", copy, "--figure", "FID", words=["no such score by steps"])
+
+def test_loss_by_noise_level(trained, tmp_path):
+    """Of metrics.jsonl's evaluations; e^u is what the loss is divided by."""
+    path = tiny_config(tmp_path, "UNetG", n_epoch=3, eval_every=1, eval={"images": 20})
+    succeed("train.py", "--config", path)
+    out = succeed("results.py", "--levels", tmp_path / "run", "--out", tmp_path / "a.png")
+    assert Image.open(tmp_path / "a.png").width > 1000 and out.count("| sigma ") == 8
+    text, rows = levels(tmp_path / "run")
+    loss, expected = next(iter(rows.values())).values()
+    lines = metrics(tmp_path / "run", "heldout_loss")
+    denoiser = diffusion.build(load_config(path))
+    denoiser.uncertainty.load_state_dict(weights(tmp_path / "run", 2, "uncertainty"))
+    for level in LEVELS:
+        label = f"sigma {level:.3g}"
+        assert loss[label] == [(n["Mimg"], n[f"heldout_loss/{level:.3g}"]) for n in lines]
+        u = denoiser.uncertainty.eval()(torch.tensor([level]).float().log() / 4).item()
+        assert expected[label][-1][1] == pytest.approx(math.exp(u), rel=1e-5)
+        assert len(expected[label]) == 3 and f"to {math.exp(u):.3g} |" in text
+    refused("results.py", "--levels", trained / "run", words=["train with eval_every"])
+    refused("results.py", "--levels", "no", words=["metrics.jsonl is not there"])
 
 @pytest.mark.parametrize(("args", "words"), [
     (["no"], ["no results.jsonl", "or below no"]), (["empty"], ["empty/results.jsonl"]),
