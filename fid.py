@@ -60,9 +60,10 @@ def main():
     extractor = None if known else features.Extractor(args.features, device, args.weights,
                                                       args.weights_sha256)
     if config:
-        keep = bool(set(args.metrics) - {"is"})
+        keep = bool(set(args.metrics) - {"is"} or args.neighbours)
         reference = frechet.reference(config, images, extractor, args.batch_gpu, keep)
-        training = args.neighbours and Training(config, images, extractor, args.batch_gpu)
+        training = args.neighbours and Training(config, images, reference, extractor,
+                                                args.batch_gpu)
         for epoch, folders in sets.items():
             score_epoch(config, args, epoch, folders, (reference, training), extractor)
     else:
@@ -93,7 +94,7 @@ def score_epoch(config, args, epoch, folders, references, extractor):
         images, keep = features.open_samples(folder, range(made["n"])), args.metrics or training
         samples = frechet.compute(images, extractor, args.batch_gpu, bool(keep))
         scores.append(score(samples, reference, extractor, args.metrics, f"epoch {epoch}, "))
-        if training and distributed.rank() == 0:
+        if training:
             scores[-1] |= compare(images, samples.features, training, extractor, args.neighbours)
     if distributed.rank() == 0:
         made = next(iter(folders.values()))
@@ -106,7 +107,7 @@ def score_epoch(config, args, epoch, folders, references, extractor):
         length += guidance.variant(made)
         for name in scores[0]:
             values = [found[name] for found in scores]
-            best = (max if re.match("IS|precision|recall", name) else min)(values)
+            best = (max if re.match("IS|precision|recall|neare", name) else min)(values)
             several = {"values": values, "mean": statistics.mean(values)} if values[1:] else {}
             if several:
                 print(f"{name} of {len(values)} seeds: best {best:.6g}, mean {several['mean']:.6g}")

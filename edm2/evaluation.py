@@ -77,7 +77,8 @@ class Evaluator:
 
 @torch.no_grad()
 def learned_uncertainty(denoiser):
-    """u(sigma) at LEVELS, by name: e^u is the training loss that is expected (EDM2 Eq. 17-21)."""
+    """u(sigma) at LEVELS, by name: e^u is the training loss that is expected (EDM2 Eq. 17-21). Of
+    an EDM in training: load_denoiser() has none."""
     sigma = torch.tensor(LEVELS, device=next(denoiser.parameters()).device).float()
     u = denoiser.uncertainty.eval()(sigma.log() / 4)[:, 0]      # E and G: the weights stay.
     return {f"u/{level:.3g}": value for level, value in zip(LEVELS, u.tolist(), strict=True)}

@@ -17,12 +17,12 @@ def main():
     p = flags.parser(__doc__, sigma_rel=True, passes=False)
     p.add_argument("--epoch", type=flags.flag(Index), help="checkpoint (default: the newest)")
     p.add_argument("--weights", choices=["ema", "model"], default="ema", help="averaged, or raw")
-    p.add_argument("--out", metavar="DIR", help="folder (default: save_dir/export/<epoch>)")
+    p.add_argument("--out", metavar="DIR", help="folder (default: save_dir/export/<epoch>...)")
     args = p.parse_args()
     if args.sigma_rel is not None and args.weights == "model":
         p.error("--sigma_rel is of averaged weights: leave out --weights model")
     try:
-        from safetensors.torch import save_file
+        from safetensors.torch import save
     except ImportError as e:
         raise UserError(f"{e}: pip install safetensors") from None
     config = load_config(args.config, args.set)
@@ -32,10 +32,12 @@ def main():
              **config.model_dump(include={"diffusion", "dataset"}), "epoch": epoch,
              "weights": args.weights, "sigma_rel": args.sigma_rel,
              "checkpoint_sha256": files.sha256(checkpoint.path_of(config, epoch))}
-    folder = Path(args.out or Path(config.save_dir) / "export" / str(epoch))
+    variant = f"{epoch}{'_model' * (args.weights == 'model')}" + (
+        f"_sigma_rel{args.sigma_rel:g}" if args.sigma_rel else "")
+    folder = Path(args.out or Path(config.save_dir) / "export" / variant)
     folder.mkdir(parents=True, exist_ok=True)
     with files.atomic(folder / "model.safetensors") as temporary:
-        save_file(net.state_dict(), temporary, metadata={"format": "pt"})
+        temporary.write_bytes(save(net.state_dict(), {"format": "pt"}))     # OSError: disk full.
     with files.atomic(folder / "config.json") as temporary:
         temporary.write_text(json.dumps(about, indent=1) + "\n")
     print(f"weights: {folder}/model.safetensors  arguments: {folder}/config.json")

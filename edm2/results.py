@@ -68,8 +68,9 @@ def main():
             raise UserError(f"{', '.join(runs)}: no FID and no probe accuracy there yet")
         text, rows = table(results, metrics), {"score": by_images(results, metrics)}
     print(text)
-    log, out = name in ("dynamics", "levels", "steps"), args.out or f"{name}.png"
-    figure = draw(rows, x_label, log, shared=log and name != "steps")
+    alike, out = name in ("dynamics", "levels"), args.out or f"{name}.png"
+    figure = draw(rows, x_label, lambda title: alike or (name == "steps" and is_distance(title)),
+                  shared=alike)
     with files.atomic(out) as temporary:
         figure.savefig(temporary, format="png")
     print(f"curves: {out}")
@@ -194,9 +195,10 @@ def levels(run):
         if line.get(name := f"{key}/{level:.3g}") is not None] for level in LEVELS}
         for title, key, value in (("held-out loss", "heldout_loss", float),
                                   ("e^u(sigma), the training loss expected", "u", math.exp))}
-    if not all(points for panel in panels.values() for points in panel.values()):
-        raise UserError(f"{run} holds no held-out loss with u(sigma): train with eval_every")
-    rows = ["| | held-out loss, first to last | e^u |", "|---|---|---|"]
+    panels = {title: panel for title, panel in panels.items() if all(panel.values())}
+    if "held-out loss" not in panels:
+        raise UserError(f"{run} holds no held-out loss: train with eval_every")
+    rows = [f"| first to last | {' | '.join(panels)} |", "|---" * (1 + len(panels)) + "|"]
     for label in panels["held-out loss"]:
         ends = [(panel[label][0][1], panel[label][-1][1]) for panel in panels.values()]
         rows.append(f"| {label} | " + " | ".join(f"{a:.3g} to {b:.3g}" for a, b in ends) + " |")
@@ -221,9 +223,10 @@ def along(run, axis, name):
                 x, how = 2 * x - 1, f", eta {made['eta']:g}"
             curves = kinds.setdefault(line["figure"], {}).setdefault(kind, {})
             curves.setdefault((line["epoch"], how), []).append((x, line["value"]))
-    if axis == "steps":                     # One number of steps is no curve.
-        kinds = {metric: found for metric, found in kinds.items() if any(
-            len(points) > 1 for curves in found.values() for points in curves.values())}
+    if axis == "steps":                     # One number of steps, as of other epochs, is no curve.
+        kinds = {metric: {kind: {label: points for label, points in curves.items() if points[1:]}
+                          for kind, curves in found.items()} for metric, found in kinds.items()}
+        kinds = {metric: found for metric, found in kinds.items() if any(found.values())}
     if not kinds or name not in (None, *kinds):
         raise UserError(f"{run} holds no such score by {setting}, only {', '.join(kinds) or '-'}: "
                         f"make some with {flags}")
@@ -234,19 +237,22 @@ def along(run, axis, name):
 
 def titled(metric):
     """The title of a metric's panel."""
-    less = is_distance(metric) or metric.startswith(("KID", "KD(", "KD_", "nearer"))
+    less = is_distance(metric) or metric.startswith(("KID", "KD(", "KD_"))
+    if metric.startswith("neare"):
+        return f"{metric} (%), of new images {50 if metric.startswith('nearer') else 1}"
     unit = " (test accuracy, %)" * metric.startswith("probe")
     return f"{metric}{unit}, {'less' if less else 'more'} is better"
 
-def draw(rows, x_label, log=False, shared=False):
-    """A matplotlib Figure of {y label: {title: {label: [(x, y)]}}}, a row of panels per y label,
-    with logarithmic and with shared y axes if asked."""
+def draw(rows, x_label, is_log, shared=False):
+    """A matplotlib Figure of {y label: {title: {label: [(x, y)]}}}, a row of panels per y label;
+    is_log(title): with a logarithmic y axis; shared: with one for the row."""
     from matplotlib.figure import Figure  # Slow to import: only where it is used.
     columns = max(map(len, rows.values()))
     figure = Figure(figsize=(5 * columns, 3.6 * len(rows)), layout="constrained", dpi=150)
     grid = figure.subplots(len(rows), columns, squeeze=False, sharey="row" if shared else False)
     for panels, (y_label, titles) in zip(grid, rows.items(), strict=True):
         for axes, (title, curves) in zip(panels, titles.items(), strict=True):
+            log = is_log(title)
             for i, (label, points) in enumerate(curves.items()):
                 style = {"decoder": "--", "embedding": ":"}.get(label.partition(" ")[0], "-")
                 if points := sorted(point for point in points if point[1] or not log):

@@ -42,7 +42,12 @@ def copy(tmp_path):
     folder = tmp_path / "copy"
     shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(
         ".git", ".venv", "runs", "cache", "data", "__pycache__", ".*_cache"))
-    (folder / ".venv").symlink_to(sys.prefix)
+    (folder / ".venv").mkdir()
+    for path in Path(sys.prefix).iterdir():
+        (folder / ".venv" / path.name).symlink_to(path)
+    for name in ("installed", "installed-dev"):         # Nothing is to be installed.
+        (folder / ".venv" / name).unlink(missing_ok=True)
+        (folder / ".venv" / name).touch()
     for path in [*folder.glob("config/digits/*.yaml"), *folder.glob("config/folder/*.yaml")]:
         text = path.read_text().replace("n_channels: 128", "n_channels: 32")
         for old, new in SMALL.items():

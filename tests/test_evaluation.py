@@ -95,5 +95,5 @@ def test_images_are_spread_and_a_score_that_fails_ends_nothing(trained, monkeypa
     assert held_out[:, 0, 0, 0].tolist() == given.tolist() == [0, 49, 99, 149, 199]
     fails = mock.Mock(side_effect=UserError("no space left"))
     monkeypatch.setattr(evaluation.linear_probe.Probe, "accuracies", fails)
-    assert len(evaluator.measure(load_denoiser(config, 3))) == 9
+    assert len(evaluator.measure(load_denoiser(config, 3))) == 9 + 8       # Losses and u.
     assert "no space left; not measured, training goes on" in capsys.readouterr().err

@@ -28,7 +28,10 @@ def test_what_is_exported_is_the_network(tmp_path, net_type):
         with torch.no_grad():
             assert torch.equal(net(x, torch.zeros(2), label), expected(x, torch.zeros(2), label))
         assert about["diffusion"]["sigma_data"] == 0.85 and about["epoch"] == 0
-    succeed("export.py", "--config", config)
+    for more, variant in (([], "0"), (["--weights", "model"], "0_model"),
+                          (["--sigma_rel", 0.07], "0_sigma_rel0.07")):
+        succeed("export.py", "--config", config, *more)
+        assert (tmp_path / "run" / "export" / variant / "config.json").exists()
     saved, ema = load_file(tmp_path / "run/export/0/model.safetensors"), weights(
         tmp_path / "run", 0, "ema")
     assert saved.keys() == ema.keys() and all(torch.equal(saved[name], ema[name]) for name in ema)

@@ -5,11 +5,11 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import refused, results, succeed
+from conftest import refused, results, run, succeed, tiny_config
 from PIL import Image
-from edm2 import data, features
+from edm2 import data, features, frechet
 from edm2.config import load_config
-from edm2.features import Extractor
+from edm2.features import Extractor, ImageSet
 from edm2.neighbours import Training
 
 N = 24
@@ -30,26 +30,28 @@ def distances(a, b):
 
 def test_copies_are_found_and_shown(trained, sampled):
     """A training image and a mirrored one among the samples: at distance 0, first in the picture,
-    their neighbour the image itself; the share is that of all pairs."""
+    their neighbour the image itself; the shares are those of all pairs, of samples."""
     (flags, folder), config = sampled, load_config(trained / "config.yaml")
     train, test = (data.load(config, train=which)[0].numpy() for which in (True, False))
     for i, image in ((5, train[100]), (11, train[200, :, :, ::-1])):
         Image.fromarray(image[0]).save(features.sample_path(folder, i))
     out = succeed("fid.py", *flags, "--features", "pixels", "--neighbours", 4)
-    assert "2 samples are training images" in out
+    assert f"2 of {N} samples are training images" in out
     samples = np.stack([np.asarray(Image.open(features.sample_path(folder, i)))[None]
                         for i in range(N)])
     both = np.concatenate([train, train[..., ::-1]])
     of_samples, of_test = distances(samples, both), distances(test, both)
     assert sorted(np.argsort(of_samples)[:2]) == [5, 11]
     less, equal = (np.mean(f(of_samples[:, None], of_test[None])) for f in (np.less, np.equal))
-    line = results(folder.parents[1])[-1]
-    assert line["figure"] == "nearer(pixels)" and line["n"] == N
-    assert line["value"] == pytest.approx(100 * (less + equal / 2), abs=0.05)
-    assert f"nearer(pixels) {line['value']:.4g} %" in out
+    fd, nearer, nearest = results(folder.parents[1])
+    assert [one["figure"] for one in (fd, nearer, nearest)] == [
+        f"{name}(pixels)" for name in ("FD", "nearer", "nearest")] and nearer["n"] == N
+    assert nearer["value"] == pytest.approx(100 * (less + equal / 2), abs=0.05)
+    assert nearest["value"] == pytest.approx(100 * np.mean(of_samples < np.quantile(of_test, 0.01)))
+    assert f"nearer(pixels) {nearer['value']:.4g} %" in out and nearest["value"] > 8
 
     # Rows of a distance, the sample, a gap, neighbours; enlarged fourfold.
-    path = re.search(r"the nearest: (\S+)", out)[1]
+    path = re.search(r"their nearest training images: (\S+)", out)[1]
     picture = np.asarray(Image.open(path))[:, -(8 * 34 + 2):, 0]
     tiles = [[picture[2 + 34 * row:34 * row + 34, 2 + 34 * column:34 * column + 34:][:32:4, :32:4]
               for column in range(8)] for row in range(4)]
@@ -67,29 +69,58 @@ def test_an_image_is_its_own_neighbour(trained):
     """Also a mirrored one, at distance 0; the second nearest is another."""
     config, extractor = load_config(trained / "config.yaml"), Extractor("pixels", CPU)
     images, _ = data.load(config)
-    training = Training(config, images, extractor)
+    statistics = frechet.compute(ImageSet("train", images), extractor, keep=True)
+    training = Training(config, images, statistics, extractor)
     assert len(training.features) == 2 * len(images) and len(training.test_distances) == 360
-    found, numbers = training.nearest(training.features[[3, 1440]], 2)
-    assert numbers[:, 0].tolist() == [3, 1440] and (found[:, 0] == 0).all()
-    assert (found[:, 1] > 0).all()
+    every, numbers = training.nearest(training.features, 2)     # In chunks.
+    assert numbers[:, 0].tolist() == list(range(2 * len(images))) and (every[:, 0] == 0).all()
+    assert (every[:, 1] > 0).all()
 
 def test_a_network_of_features_knows_an_image_again(inception_weights):
     """Elsewhere in a batch: its features are as good as equal."""
     extractor = Extractor("inception", CPU, *inception_weights)
     images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (6, 3, 32, 32), np.uint8))
     a, b = (extractor(images[order])[0] for order in ([0, 1, 2, 3], [4, 5, 3, 0]))
-    apart = (a[1:3] - b[:2]).norm(dim=1).median()
-    assert (a[0] - b[3]).norm() < 1e-4 * apart and (a[3] - b[2]).norm() < 1e-4 * apart
+    assert ((a[[0, 3]] - b[[3, 2]]).norm(dim=1) <= 1e-5 * a[[0, 3]].norm(dim=1)).all()
+    assert ((a[1:3] - b[:2]).norm(dim=1) > 1e-2 * a[1:3].norm(dim=1)).all()
 
 @pytest.mark.slow
 def test_two_processes_find_the_same(sampled):
     flags, folder = sampled
+    pictures = []
     for processes in (None, 2):
         succeed("fid.py", *flags, "--features", "pixels", "--neighbours", 4, processes=processes)
+        pictures.append((folder / "neighbours-pixels.png").read_bytes())
     one, two = [line for line in results(folder.parents[1]) if line["figure"] == "nearer(pixels)"]
     assert one["value"] == two["value"] and (one["processes"], two["processes"]) == (1, 2)
+    assert pictures[0] == pictures[1]
 
-def test_what_cannot_be(trained, sampled, tmp_path):
+def test_more_seeds_and_more_than_there_are(sampled):
+    """Of several seeds the worst counts; no more samples are shown than there are."""
+    flags, folder = sampled
+    succeed("sample.py", *flags, "--n_samples", N, "--seed", 1)
+    succeed("fid.py", *flags, "--features", "pixels", "--neighbours", 99, "--repeat", 2)
+    line = next(line for line in results(folder.parents[1]) if line["figure"] == "nearer(pixels)")
+    assert line["value"] == max(line["values"]) and len(line["values"]) == 2
+    for path in (folder, folder.with_name("3_seed1")):
+        assert Image.open(path / "neighbours-pixels.png").height == N * 34 + 2
+
+def test_without_a_test_set(tmp_path):
+    """A flat set of images: the picture and the copies, and a line that says what is missing."""
+    images = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 1), np.uint8)
+    np.savez(tmp_path / "train.npz", images)
+    flags = ("--config", tiny_config(tmp_path, dataset="folder", data_root=str(tmp_path),
+                                     batch_size=5, n_epoch=1, flip=False))
+    succeed("train.py", *flags)
+    succeed("sample.py", *flags, "--n_samples", 3)
+    folder = tmp_path / "run" / "samples" / "0"
+    Image.fromarray(images[4, :, :, 0]).save(features.sample_path(folder, 1))
+    done = run("fid.py", *flags, "--features", "pixels", "--neighbours", 2)
+    assert done.returncode == 0 and "1 of 3 samples are training images" in done.stdout
+    assert "without a test set" in done.stderr and (folder / "neighbours-pixels.png").exists()
+    assert [line["figure"] for line in results(tmp_path / "run")] == ["FD(pixels)"]
+
+def test_what_cannot_be(sampled):
     flags, folder = sampled
     refused("fid.py", folder, folder, "--neighbours", 4, words=["needs --config"])
     refused("fid.py", *flags, "--neighbours", 0, words=["neighbours"])

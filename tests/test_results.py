@@ -81,10 +81,16 @@ def test_scores_against_evaluations(trained, tmp_path):
     succeed("probe.py", *flags)                 # Of no sampler.
     (curves,) = along(copy, "steps", None).values()
     assert {label: sorted(x for x, _ in points) for label, points in curves.items()} == {
-        "epoch 3, eta 0": [7, 13, 35], "epoch 3, eta 0.5": [7]}
+        "epoch 3, eta 0": [7, 13, 35]}      # One number of steps is no curve.
     values = {(line["sampling"]["steps"], line["sampling"]["eta"]): line["value"]
               for line in results(copy) if line["figure"] == "FD(pixels)"}
     assert dict(curves["epoch 3, eta 0"]) == {7: values[4, 0], 13: values[7, 0], 35: values[18, 0]}
+    # Of other epochs, or another n, there may be more: samples of 18 steps, and no curve.
+    with open(copy / "results.jsonl", "a") as file:
+        for epoch in range(4):
+            file.write(json.dumps(results(copy)[0] | {"n": 500, "epoch": epoch}) + "\n")
+            file.write(json.dumps(results(copy)[0] | {"epoch": epoch % 3}) + "\n")
+    assert list(along(copy, "steps", None).values()) == [curves]
     succeed("results.py", "--steps", copy, "--out", tmp_path / "a.png")
     assert Image.open(tmp_path / "a.png").width > 500
     refused("results.py", "--steps", copy, "--figure", "FID", words=["no such score by steps"])
@@ -106,6 +112,10 @@ def test_loss_by_noise_level(trained, tmp_path):
         u = denoiser.uncertainty.eval()(torch.tensor([level]).float().log() / 4).item()
         assert expected[label][-1][1] == pytest.approx(math.exp(u), rel=1e-5)
         assert len(expected[label]) == 3 and f"to {math.exp(u):.3g} |" in text
+    # A run of before u was recorded has its losses.
+    path = tmp_path / "run" / "metrics.jsonl"
+    path.write_text(path.read_text().replace('"u/', '"old/'))
+    assert list(next(iter(levels(tmp_path / "run")[1].values()))) == ["held-out loss"]
     refused("results.py", "--levels", trained / "run", words=["train with eval_every"])
     refused("results.py", "--levels", "no", words=["metrics.jsonl is not there"])
 
