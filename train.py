@@ -213,7 +213,7 @@ class Run:
         if path is None:
             return False
         state = checkpoint.load(path)
-        checkpoint.check_same(self.config, state["config"], state["config"].keys() - FREE)
+        checkpoint.check_same(self.config, state["config"], dict(self.config).keys() - FREE)
         checkpoint.check_images(path, state, self.n_images, self.images_sha256)
         if state["precision"] != self.precision and distributed.rank() == 0:
             warn(f"the run was trained in {state['precision']} and goes on in {self.precision}")

@@ -2,6 +2,7 @@
 
 In save_dir/ckpts: model_{epoch}.pth; latest.pth and latest_before.pth, saves on the way."""
 
+import contextlib
 import math
 import pickle
 import zipfile
@@ -131,12 +132,13 @@ def restore(module, state_dict):
 
 def check_same(config, saved, keys):
     """Raise UserError listing where a Config differs from a checkpoint's in or below `keys`."""
+    with contextlib.suppress(ValueError):       # What an older version lacks has its default.
+        saved = type(config).model_validate(saved).model_dump()
     here, there = ({f"{key}.{name}".rstrip("."): value for key, section in values.items()
                     for name, value in (section if isinstance(section, dict) else {"": section})
                     .items()} for values in (config.model_dump(), saved))
-    # What an older version did not know, such as labels, was 0.
-    differences = [f"{k} {there.get(k, 0)!r} there, {here.get(k)!r} here" for k in here | there
-                   if k.startswith(tuple(keys)) and here.get(k) != there.get(k, 0)]
+    differences = [f"{k} {there.get(k)!r} there, {here.get(k)!r} here" for k in here | there
+                   if k.startswith(tuple(keys)) and here.get(k) != there.get(k)]
     if differences:
         raise UserError(f"{config.save_dir} holds a run of another config "
                         f"({'; '.join(differences)}): use its config, or another save_dir")

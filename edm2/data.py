@@ -107,7 +107,7 @@ def find_folder(config, train):
     def place(*names):
         if found := [path for name in names if (path := root / name).exists()]:
             return found[0]
-        raise UserError(f"data_root {root} is missing, or {' or '.join(filter(None, names))} in it")
+        raise UserError(f"there is no {' or '.join(filter(None, names))} in data_root {root}")
 
     root = Path(config.data_root)
     trained = place("train", "train.npz", "")

@@ -2,6 +2,7 @@
 
 Sources: EDM (arXiv 2206.00364, Table 1 and Alg. 2), EDM2 (arXiv 2312.02696, Eq. 14-21)."""
 
+import inspect
 import math
 import time
 from contextlib import nullcontext
@@ -19,7 +20,7 @@ from edm2 import augmentation, machine
 from edm2.distributed import print0, rank, world_size
 from edm2.errors import UserError, warn
 
-NETWORKS = {"UNetC": unetC, "UNetE": unetE, "UNetG": unetG}     # {net_type: its module}
+NETWORKS = {"UNetC": unetC, "UNetE": unetE, "UNetG": unetG}
 
 class EDM(nn.Module):
     """Denoiser D(x; sigma) and its training loss around a raw network F(x; c_noise).
@@ -80,9 +81,15 @@ def build(config, amp_dtype=None):
     return EDM(net, uncertainty, config, amp_dtype)
 
 def arguments(config):
-    """The network's constructor arguments of a Config."""
-    return config.network.model_dump() | {
-        "augment_dim": augmentation.N_NUMBERS if config.augment else 0}
+    """The network's constructor arguments of a Config. UserError for a key that it does not take,
+    but for a default, which is of another network."""
+    net_type, network = config.net_type, config.network
+    known = inspect.signature(getattr(NETWORKS[net_type], net_type)).parameters
+    for name, field in type(network).model_fields.items():
+        if name not in known and getattr(network, name) != field.default:
+            raise UserError(f"network.{name} is no key of {net_type}")
+    given = network.model_dump(include=set(known))
+    return given | {"augment_dim": augmentation.N_NUMBERS if config.augment else 0}
 
 def deploy(denoiser, device, channels_last=True, compiled=False):
     """Bring an EDM for sampling or features to a device, and compile it if asked."""

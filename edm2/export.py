@@ -1,4 +1,4 @@
-"""Export the weights of a checkpoint as safetensors, for code that has only a unet and its block.
+"""Export the EMA of a checkpoint as safetensors, for code that has only a unet and its block.
 
 Of the newest epoch:  python -m edm2.export --config config/cifar10/G.yaml
 Another EMA length:   python -m edm2.export --config config/cifar10/G.yaml --sigma_rel 0.1 --out DIR
@@ -16,24 +16,20 @@ def main():
     """Parse the command line, load the network, write it."""
     p = flags.parser(__doc__, sigma_rel=True, passes=False)
     p.add_argument("--epoch", type=flags.flag(Index), help="checkpoint (default: the newest)")
-    p.add_argument("--weights", choices=["ema", "model"], default="ema", help="averaged, or raw")
     p.add_argument("--out", metavar="DIR", help="folder (default: save_dir/export/<epoch>...)")
     args = p.parse_args()
-    if args.sigma_rel is not None and args.weights == "model":
-        p.error("--sigma_rel is of averaged weights: leave out --weights model")
     try:
         from safetensors.torch import save
     except ImportError as e:
         raise UserError(f"{e}: pip install safetensors") from None
     config = load_config(args.config, args.set)
     epoch = checkpoint.find(config, args.epoch)
-    net = load_denoiser(config, epoch, args.weights, args.sigma_rel).net
+    net = load_denoiser(config, epoch, sigma_rel=args.sigma_rel).net
     about = {"net_type": config.net_type, "network": diffusion.arguments(config),
              **config.model_dump(include={"diffusion", "dataset"}), "epoch": epoch,
-             "weights": args.weights, "sigma_rel": args.sigma_rel,
+             "sigma_rel": args.sigma_rel,
              "checkpoint_sha256": files.sha256(checkpoint.path_of(config, epoch))}
-    variant = f"{epoch}{'_model' * (args.weights == 'model')}" + (
-        f"_sigma_rel{args.sigma_rel:g}" if args.sigma_rel else "")
+    variant = f"{epoch}" + (f"_sigma_rel{args.sigma_rel:g}" if args.sigma_rel else "")
     folder = Path(args.out or Path(config.save_dir) / "export" / variant)
     folder.mkdir(parents=True, exist_ok=True)
     with files.atomic(folder / "model.safetensors") as temporary:

@@ -11,7 +11,7 @@ from conftest import NETS, ROOT, run, tiny_config
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
-from edm2 import diffusion
+from edm2 import checkpoint, diffusion
 from edm2.config import Network, load_config
 from edm2.errors import UserError
 
@@ -54,7 +54,22 @@ def test_network_defaults_are_the_constructors(net_type):
     parameters = inspect.signature(getattr(diffusion.NETWORKS[net_type], net_type)).parameters
     values = {name: list(p.default) if isinstance(p.default, tuple) else p.default
               for name, p in parameters.items()}
-    assert list((Network().model_dump() | {"augment_dim": 0}).items()) == list(values.items())
+    assert Network().model_dump() | {"augment_dim": 0} == values
+
+def test_what_an_older_checkpoint_lacks_has_its_default(trained):
+    """A key of today, or of one's own, does not part a run from its checkpoints."""
+    config = load_config(trained / "config.yaml")
+    saved = config.model_dump()
+    for key in ("seed", "label_dropout", "augment", "posthoc_ema"):
+        del saved[key]
+    del saved["network"]["label_dim"], saved["network"]["n_blocks"]
+    with pytest.raises(UserError, match=r"network\.n_blocks 3 there, 1 here"):
+        checkpoint.check_same(config, saved, config.model_dump())
+    saved["network"]["n_blocks"] = 1
+    checkpoint.check_same(config, saved, config.model_dump())
+    with pytest.raises(UserError, match=r"augment 0\.0 there, 0\.5 here"):
+        checkpoint.check_same(load_config(trained / "config.yaml", ["augment=0.5"]), saved,
+                              config.model_dump())
 
 def test_defaults_overrides_and_types(tmp_path):
     config = load(tmp_path, "network.dropout=0.5", "optim_args.betas=[0.8, 0.9]", "flip=true",

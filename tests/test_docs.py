@@ -110,17 +110,25 @@ def test_what_a_page_says_runs(copy, page):
         assert said.count("UNetH: ") == 1 and "model.safetensors" in said
         diff = subprocess.run(["diff", "blockG.py", "blockH.py"], cwd=copy, text=True,
                               stdout=subprocess.PIPE).stdout
-        assert diff.count("\n---\n") == 2 and "> def mp_sum(a, b, t=0.5):" in diff
+        assert diff.count("\n---\n") == 3 and "x = mp_sum(x, y, self.res_t)" in diff
+        assert state["config"]["network"]["res_t"] == 0.5
+        for value, code, words in ((0.3, 0, "UNetG: "), (0.5, 2, "res_t is no key of UNetG")):
+            done = subprocess.run([sys.executable, "train.py", "--config", "config/digits/G.yaml",
+                                   "--dry_run", "--set", f"network.res_t={value}"], cwd=copy,
+                                  env=environment(), capture_output=True, text=True)
+            assert done.returncode == code and words in done.stdout + done.stderr
     for name in re.findall(r"docs/\w+\.png", said):
         assert (copy / name).exists()
 
 @pytest.mark.slow
 def test_a_slurm_script_on_two_nodes(copy, tmp_path):
-    """By a stand-in for srun, which starts two torchrun; SIGUSR1 to all their processes, as Slurm
-    sends it: saved; the same script goes on, and a third one has nothing to do."""
+    """By a stand-in for srun, which starts two torchrun. SIGUSR1 to all their processes, then to
+    these two alone (which it is depends on Slurm's set-up): saved; a third job goes to the end."""
     (_, _, script), *_ = (block for block in blocks("docs/clusters.md") if "#SBATCH" in block[2])
     (copy / "train.sbatch").write_text(script)
-    tools, job = tmp_path / "tools", str(os.getpid())
+    config = copy / "config" / "digits" / "C.yaml"
+    config.write_text(config.read_text() + "log_every: 2\neval_every: null\n")
+    tools, job_id = tmp_path / "tools", str(os.getpid())
     tools.mkdir()
     start_all = 'for i in $(seq $SLURM_NNODES); do "$@" & done; wait -n || exit; wait'
     for name, text in (("srun", start_all), ("scontrol", "echo localhost")):
@@ -128,7 +136,7 @@ def test_a_slurm_script_on_two_nodes(copy, tmp_path):
         (tools / name).chmod(0o755)
     env = environment(SLURM_SUBMIT_DIR=str(copy), SLURM_NNODES="2", SLURM_NTASKS="2",
                       SLURM_GPUS_ON_NODE="1", SLURM_CPUS_PER_TASK="1",
-                      SLURM_JOB_NODELIST="two", SLURM_JOB_ID=job)
+                      SLURM_JOB_NODELIST="two", SLURM_JOB_ID=job_id)
     env["PATH"] = f"{tools}:{env['PATH']}"
 
     def processes():
@@ -136,27 +144,32 @@ def test_a_slurm_script_on_two_nodes(copy, tmp_path):
         for folder in Path("/proc").glob("[0-9]*"):
             try:
                 words = (folder / "cmdline").read_text().split("\0")
-                ours = f"\0SLURM_JOB_ID={job}\0" in (folder / "environ").read_text()
+                ours = f"\0SLURM_JOB_ID={job_id}\0" in (folder / "environ").read_text()
             except OSError:                 # Ended meanwhile.
                 continue
             if ours and "train.py" in words and "python" in words[0]:
-                yield int(folder.name)
+                yield int(folder.name), words[1].endswith("torchrun")
 
     def start():
-        return subprocess.Popen(["bash", "train.sbatch", "config/digits/C.yaml"], cwd=copy, env=env,
-                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        return subprocess.Popen(["bash", "train.sbatch", "train.py", "--config",
+                                 "config/digits/C.yaml"], cwd=copy, env=env, text=True,
+                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
-    first = start()
-    wait_until(lambda: last_step(copy / "runs/digits/C") >= 44)
-    found = list(processes())
-    assert len(found) == 4
-    for pid in found:
-        os.kill(pid, signal.SIGUSR1)
-    out, _ = first.communicate(timeout=90)
-    assert first.returncode != 0 and "2 processes on" in out, out
-    assert "stopped by SIGUSR1 after step" in out and 'train.py", line' not in out, out
-    second, third = (start().communicate(timeout=300)[0] for _ in range(2))
-    assert "going on in ./runs/digits/C after step" in second, second
-    assert "trained already" in third, third
+    step = 0
+    for launchers_alone in (False, True):
+        job = start()
+        wait_until(lambda: last_step(copy / "runs" / "digits" / "C") >= step + 10)    # noqa: B023
+        found = dict(processes())
+        assert sorted(found.values()) == [False, False, True, True]
+        for pid, is_launcher in found.items():
+            if is_launcher or not launchers_alone:
+                os.kill(pid, signal.SIGUSR1)
+        out, _ = job.communicate(timeout=120)
+        assert job.returncode != 0 and "2 processes on" in out, out
+        assert "stopped by SIGUSR1 after step" in out and 'train.py", line' not in out, out
+        assert step == 0 or f"going on in ./runs/digits/C after step {step}\n" in out, out
+        step = int(re.search(r"after step (\d+) and saved", out)[1])
+    out, _ = start().communicate(timeout=300)
+    assert f"going on in ./runs/digits/C after step {step}\n" in out, out
     path = copy / "runs" / "digits" / "C" / "ckpts" / "model_3.pth"
     assert torch.load(path, weights_only=True)["step"] == 4 * (1437 // 64)
