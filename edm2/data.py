@@ -107,7 +107,7 @@ def find_folder(config, train):
     def place(*names):
         if found := [path for name in names if (path := root / name).exists()]:
             return found[0]
-        raise UserError(f"there is no {' or '.join(filter(None, names))} in data_root {root}")
+        raise UserError(f"{root} has no {' or '.join(filter(None, names))}, or is missing")
 
     root = Path(config.data_root)
     trained = place("train", "train.npz", "")

@@ -119,7 +119,7 @@ def test_folder_with_train_and_val(tmp_path):
     for shape in ([3, 8, 8], [1, 8, 8]):
         images, labels = data.load(config("folder", tmp_path, shape))
         assert images.shape == (4, *shape) and labels.tolist() == [0, 0, 1, 1]
-    says("there is no val or val.npz", data.load, config("folder", tmp_path), False)
+    says("no val or val.npz", data.load, config("folder", tmp_path), False)
     (make_folder(tmp_path / "val") / "c0" / "a.png").unlink()
     assert data.load(config("folder", tmp_path), train=False)[1].tolist() == [0, 1, 1]
     (tmp_path / "val" / "c0").rename(tmp_path / "val" / "z")        # Its rank is another label.

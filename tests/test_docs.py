@@ -127,7 +127,8 @@ def test_a_slurm_script_on_two_nodes(copy, tmp_path):
     (_, _, script), *_ = (block for block in blocks("docs/clusters.md") if "#SBATCH" in block[2])
     (copy / "train.sbatch").write_text(script)
     config = copy / "config" / "digits" / "C.yaml"
-    config.write_text(config.read_text() + "log_every: 2\neval_every: null\n")
+    config.write_text(config.read_text().replace("eval_every: 10", "log_every: 2").replace(
+        "n_epoch: 4", "n_epoch: 12"))
     tools, job_id = tmp_path / "tools", str(os.getpid())
     tools.mkdir()
     start_all = 'for i in $(seq $SLURM_NNODES); do "$@" & done; wait -n || exit; wait'
@@ -155,10 +156,10 @@ def test_a_slurm_script_on_two_nodes(copy, tmp_path):
                                  "config/digits/C.yaml"], cwd=copy, env=env, text=True,
                                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
-    step = 0
+    step, after = 0, 26                 # After the first epoch, at whose end samples are drawn.
     for launchers_alone in (False, True):
         job = start()
-        wait_until(lambda: last_step(copy / "runs" / "digits" / "C") >= step + 10)    # noqa: B023
+        wait_until(lambda: last_step(copy / "runs" / "digits" / "C") >= after)        # noqa: B023
         found = dict(processes())
         assert sorted(found.values()) == [False, False, True, True]
         for pid, is_launcher in found.items():
@@ -169,7 +170,8 @@ def test_a_slurm_script_on_two_nodes(copy, tmp_path):
         assert "stopped by SIGUSR1 after step" in out and 'train.py", line' not in out, out
         assert step == 0 or f"going on in ./runs/digits/C after step {step}\n" in out, out
         step = int(re.search(r"after step (\d+) and saved", out)[1])
+        after = step + 4
     out, _ = start().communicate(timeout=300)
     assert f"going on in ./runs/digits/C after step {step}\n" in out, out
-    path = copy / "runs" / "digits" / "C" / "ckpts" / "model_3.pth"
-    assert torch.load(path, weights_only=True)["step"] == 4 * (1437 // 64)
+    path = copy / "runs" / "digits" / "C" / "ckpts" / "model_11.pth"
+    assert torch.load(path, weights_only=True)["step"] == 12 * (1437 // 64)

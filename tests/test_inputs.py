@@ -202,7 +202,7 @@ def test_a_score_is_of_the_data_that_was_trained_on(tmp_path):
     refused("fid.py", *flags, *other, *PIXELS, words=words)
     refused("train.py", *flags, *other, "--set", "n_epoch=3", words=words)
     block = "linear.blockname=out_1"
-    refused("probe.py", *flags, *other, "--set", block, words=["there is no val or val.npz"])
+    refused("probe.py", *flags, *other, "--set", block, words=["no val or val.npz"])
     out = succeed("results.py", tmp_path, "--out", tmp_path / "results.png")
     rows = [line for line in out.splitlines() if line.startswith("| folder (")]
     assert len(rows) == 2 and "a.d/run" in rows[0] and "b.d/run" in rows[1] and "UNetC" in out
