@@ -107,7 +107,8 @@ def find_folder(config, train):
     def place(*names):
         if found := [path for name in names if (path := root / name).exists()]:
             return found[0]
-        raise UserError(f"{root} has no {' or '.join(filter(None, names))}, or is missing")
+        missing = " or ".join(filter(None, names))
+        raise UserError(f"data_root {root} has no {missing}, or is missing")
 
     root = Path(config.data_root)
     trained = place("train", "train.npz", "")

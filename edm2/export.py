@@ -25,9 +25,8 @@ def main():
     config = load_config(args.config, args.set)
     epoch = checkpoint.find(config, args.epoch)
     net = load_denoiser(config, epoch, sigma_rel=args.sigma_rel).net
-    about = {"net_type": config.net_type, "network": diffusion.arguments(config),
-             **config.model_dump(include={"diffusion", "dataset"}), "epoch": epoch,
-             "sigma_rel": args.sigma_rel,
+    about = {"net_type": config.net_type, "network": diffusion.arguments(config), "epoch": epoch,
+             "sigma_rel": args.sigma_rel, **config.model_dump(include={"diffusion", "dataset"}),
              "checkpoint_sha256": files.sha256(checkpoint.path_of(config, epoch))}
     variant = f"{epoch}" + (f"_sigma_rel{args.sigma_rel:g}" if args.sigma_rel else "")
     folder = Path(args.out or Path(config.save_dir) / "export" / variant)
