@@ -8,7 +8,7 @@ from edm2.config import Count, Index, SigmaRel, explain
 from edm2.errors import warn
 
 def parser(docstring, network=False, sigma_rel=False, config_required=True, passes=True):
-    """An argument parser with the flags that the commands share, those of the network if asked."""
+    """An argument parser with the flags that the commands share, some only where asked."""
     p = argparse.ArgumentParser(description=docstring,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     add, either = p.add_argument, argparse.BooleanOptionalAction

@@ -262,7 +262,7 @@ def draw(rows, x_label, is_log, shared=False):
             axes.grid(alpha=0.3, which="both")
             axes.legend(fontsize=7)
         low, high = panels[0].get_ylim()
-        if shared and high < 4 * low:          # What hardly changes is to look like that.
+        if shared and high < 4 * low:       # What hardly changes is to look like that.
             panels[0].set_ylim(math.sqrt(low * high) / 2, math.sqrt(low * high) * 2)
     return figure
 
