@@ -3,13 +3,14 @@
 # make guidance: train Config G with labels, guide its samples, draw them and their scores: docs/guid*.png.
 # make test: ruff and pytest.    make test-slow: the long tests, of faults, restarts and bad input above all.
 # make gpu: prove and measure all of it on a GPU; make gpu REHEARSE=1: the same way on the CPU, with tiny sizes.
+# make check-run RUN=runs/cifar10_small/G: is a run right? Its held-out losses against docs/expected.jsonl.
 # Each sets itself up in .venv first; done again, that takes no time. Needs Python 3.11 or newer: make demo PYTHON=python3.12
 
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO := --config config/digits/G.yaml
 
-.PHONY: demo dynamics guidance test test-slow gpu clean
+.PHONY: demo dynamics guidance check-run test test-slow gpu clean
 
 demo: .venv/installed
 	$(BIN)/python train.py $(DEMO)
@@ -26,6 +27,9 @@ dynamics: .venv/installed
 guidance: .venv/installed
 	$(BIN)/python benchmarks/guidance.py --seeds 1 --n_samples 500 --picture docs/guided.png
 	$(BIN)/python -m edm2.results --guidance runs/guidance/0 --out docs/guidance.png
+
+check-run: .venv/installed
+	@$(BIN)/python benchmarks/expected.py --run "$(RUN)"
 
 test: .venv/installed-dev
 	$(BIN)/ruff check .

@@ -26,7 +26,7 @@ def main():
     add("--repeat", type=count, default=1, help="sets of samples, of seeds 0, 1, ... (default: 1)")
     add("--images", metavar="DIR", help="score this folder, made by sample.py with other flags")
     add("--n_samples", type=count, help="images of a set at most (default: 50000; of A and B: all)")
-    add("--features", choices=[*features.WEIGHTS, "pixels"], default="inception")
+    add("--features", choices=[*features.NETWORKS, "pixels"], default="inception")
     add("--weights", metavar="FILE", help="weights of the features (default: torch's hub cache)")
     add("--weights_sha256", metavar="HEX", help="of other weights, whose score is not called FID")
     add("--neighbours", type=count, metavar="N",

@@ -1,17 +1,19 @@
-"""The search for Config G's recipe: variants of it beside C and E, at equal images seen, each with
-several seeds.
+"""Variants of runs at equal Mimg, each with several seeds, trained and scored: what a key does.
 
-    python benchmarks/sweep.py --data digits --save_dir runs/sweep
-    python benchmarks/sweep.py --data cifar10 --data_root ../shared/data --only C E G "G lrate"
+    python benchmarks/sweep.py --config config/digits/C.yaml config/digits/G.yaml
+    python benchmarks/sweep.py --config config/digits/G.yaml --vary lrate=1e-2,2e-2,4e-2
+    python benchmarks/sweep.py --config config/digits/G.yaml \\
+        --vary diffusion.p_mean,diffusion.p_std=[-1.2,1.2],[-0.8,1.6]
 
-Trains with train.py, on the CPU one run per core; what has been trained and scored is not done
-again. Each run is scored with its plain EMA and with post-hoc EMAs of LENGTHS: the held-out loss
-and FD(pixels) of samples. The table has the mean and standard deviation over the seeds;
-docs/config-g.md says what follows from it.
+Trains with train.py, on the CPU one run per core, the variants in turns, seed by seed; the same
+command goes on where it was stopped, or only prints. What it prints: the command, and tables of
+means and standard deviations over the seeds, at equal Mimg and at equal time. --out has the scores
+themselves; what --set changes needs a --save_dir and --out of its own.
 """
 
 import argparse
 import contextlib
+import itertools
 import json
 import math
 import multiprocessing
@@ -20,113 +22,121 @@ import shlex
 import statistics
 import sys
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
+import judge
 import torch
-from PIL import Image
-from sides import ROOT, machine
+import yaml
+from sides import machine
+import blockC
 import train
-from edm2 import checkpoint, data, diffusion, distributed, evaluation
-from edm2.config import load_config
+from edm2 import checkpoint, data, diffusion, distributed, evaluation, features, frechet
+from edm2 import linear_probe as probe
+from edm2.config import FREE, load_config, to_number
 from edm2.errors import UserError, command
 from edm2.machine import cores
 from edm2.posthoc_ema import load_denoiser
 
-LENGTHS = (0.05, 0.10, 0.18)      # sigma_rel of the post-hoc EMAs, beside the plain one.
-COMMON = ["posthoc_ema.sigma_rels=[0.05,0.1]", "posthoc_ema.snapshots=32", "save_every=1000000",
-          "n_sample=16", "eval.features=pixels"]
+def with_mean(self, x):
+    """GroupNorm's forward with the mean subtraction that the paper leaves out (Eq. 29)."""
+    x = x.unflatten(1, (self.groups, -1))
+    x = x - x.mean((2, 3, 4), keepdim=True)
+    return blockC.normalize(x, dim=(2, 3, 4)).flatten(1, 2)
 
-# What a run is, beside config/<data>/<C, E or G>.yaml.
-DATA = {
-    "digits": ["eval_every=20"],
-    # CIFAR-10 at 16x16 and a small network: 50,000 images within minutes of one core.
-    "cifar10": ["dataset=folder", "network.image_shape=[3,16,16]", "network.n_channels=16",
-                "network.ch_mults=[1,2,2]", "network.is_attn=[false,true,false]",
-                "network.attn_channels_per_head=16", "network.n_blocks=2", "n_epoch=1",
-                "batch_size=64", "warm_epoch=0.05", "ema=0.998", "eval.images=1000",
-                "eval_every=1"],
-}
-# For so few images other rates than those of the shipped configs; E's and G's fall from a fifth of
-# the run on.
-OWN = {"digits": {"C": [], "E": [], "G": []},
-       "cifar10": {"C": ["lrate=1e-3"], "E": ["lrate=1e-2", "tref_epoch=0.2"],
-                   "G": ["lrate=1e-2", "tref_epoch=0.2"]}}
+# What no key can say: {name: (a class, its function, what takes its place)}.
+CHANGES = {"mean": (blockC.GroupNorm, "forward", with_mean)}
 
-# Name: config, what is changed: rate and heads as multiples of the base's, warm-up as a share of
-# the run; "gain", which is no key: where the conditioning gains begin.
-VARIANTS = {
-    "C": ("C", {}),
-    "E": ("E", {}),
-    "G": ("G", {}),
-    **{f"{config} lrate x{factor:g}": (config, {"lrate": factor})
-       for config in "CEG" for factor in (0.25, 0.5, 2, 4, 8)},
-    "G betas .9, .999": ("G", {"optim_args.betas": "[0.9,0.999]"}),
-    "G betas .9, .95": ("G", {"optim_args.betas": "[0.9,0.95]"}),
-    "G betas 0, .99": ("G", {"optim_args.betas": "[0,0.99]"}),
-    **{f"{config} dropout {rate}": (config, {"network.dropout": rate})
-       for config in "CEG" for rate in (0.0, 0.13)},
-    "G warm-up none": ("G", {"warm_epoch": 0}),
-    "G warm-up long": ("G", {"warm_epoch": 0.2}),
-    "G no decay": ("G", {"tref_epoch": "null"}),
-    "G gain from 1": ("G", {"gain": 1.0}),
-    "G heads half as wide": ("G", {"network.attn_channels_per_head": 0.5}),
-    "G one head": ("G", {"network.attn_channels_per_head": "null"}),
-}
+@dataclass(frozen=True)
+class Variant:
+    """A run but for its seed: its name, its YAML, and the overrides beside --set's."""
+    name: str
+    path: str
+    overrides: tuple = ()
+
+    def config(self, seed, args):
+        """Its Config, and all overrides."""
+        folder = Path(args.save_dir, "-".join(self.name.replace("/", " ").split()), str(seed))
+        overrides = [*args.set, *self.overrides, f"seed={seed}", f"save_dir={folder}"]
+        return load_config(self.path, overrides), overrides
 
 def main():
-    """Train and score what is missing, print the table."""
+    """Train and score what is missing, print the tables."""
     p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--data", choices=list(DATA), default="digits")
-    p.add_argument("--data_root", default="data")
-    p.add_argument("--save_dir", default="runs/sweep")
-    p.add_argument("--seeds", type=int, default=3)
-    p.add_argument("--samples", type=int, default=500, help="of FD(pixels)")
-    p.add_argument("--only", nargs="+", metavar="NAME",
-                   help="variants that are so called or begin so (default: all)")
-    p.add_argument("--jobs", type=int, default=cores(), help="runs at a time")
-    p.add_argument("--amp_dtype", choices=["float16", "bfloat16"])
-    p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE",
-                   help="override a key in all runs")
+    add = p.add_argument
+    add("--config", nargs="+", required=True, help="YAML files; they need eval_every")
+    add("--vary", action="append", default=[], metavar="KEY=A,B,C",
+        help="values of a key, or of keys together; given twice: all pairs")
+    add("--change", choices=list(CHANGES), help="local: mean: of Config C's group norms, kept")
+    add("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key in all")
+    add("--seeds", type=int, default=3)
+    add("--epochs", type=lambda text: [int(word) for word in text.split(",")],
+        help="score after so many epochs, such as 2,4 (default: the last alone)")
+    add("--features", choices=["pixels", judge.NAME], default="pixels", help="of the FD")
+    add("--samples", type=int, default=1000, help="of the FD")
+    add("--probe", type=int, default=0, metavar="N", help="linear probe on N training images")
+    add("--save_dir", default="runs/sweep")
+    add("--out", type=Path, metavar="JSONL", help="scores (default: scores.jsonl in save_dir)")
+    add("--jobs", type=int, default=cores(), help="runs at a time")
+    add("--amp_dtype", choices=["float16", "bfloat16"])
     args = p.parse_args()
-    if args.data == "cifar10":
-        args.data_root = as_folders(args.data_root, Path(args.save_dir) / "images")
-    chosen = [name for name in VARIANTS if changes_something(name, args) and (not args.only or any(
-        name == word or (len(word) > 1 and name.startswith(word)) for word in args.only))]
-    runs = [(name, seed) for seed in range(args.seeds) for name in chosen]
-    found = {run: kept(*run, args) for run in runs}
+    args.out = args.out or Path(args.save_dir) / "scores.jsonl"
+    chosen = variants(args)
+    runs = [(variant, seed) for seed in range(args.seeds) for variant in chosen]
+    known = [json.loads(line) for line in args.out.read_text().splitlines()
+             ] if args.out.exists() else []
+    found = {run: kept(*run, args, known) for run in runs}
+    missing = [run for run in runs if not found[run]]
+    for config in {v.path: v.config(0, args)[0] for v, _ in missing}.values():
+        Scorer(config, args)                # What all runs share is computed by all cores.
     context = multiprocessing.get_context("spawn")
     slots = context.Queue()
     for slot in range(args.jobs):
         slots.put(slot)
     with ProcessPoolExecutor(args.jobs, context, own_cores, (slots, args.jobs)) as pool:
-        futures = {pool.submit(score, *run, args): run for run in runs if not found[run]}
+        futures = {pool.submit(score, *run, args): run for run in missing}
         for future in as_completed(futures):
-            name, seed = futures[future]
+            variant, seed = run = futures[future]
             try:
-                found[name, seed] = future.result()
-                print(f"{name}, seed {seed}: {found[name, seed]['plain']}", file=sys.stderr,
-                      flush=True)
+                found[run] = future.result()
+                with open(args.out, "a") as file:
+                    file.writelines(json.dumps(line) + "\n" for line in found[run])
+                said = "done"
             except UserError as e:          # Such as of NaN gradients.
-                print(f"{name}, seed {seed}, is left out: {e}", file=sys.stderr, flush=True)
-    print(f"`{shlex.join(['python', *sys.argv])}`, {machine()}\n")
-    print(table({name: [found[name, seed] for seed in range(args.seeds) if found[name, seed]]
-                 for name in chosen}))
+                said = f"left out: {e}"
+            print(f"{variant.name}, seed {seed}: {said}", file=sys.stderr, flush=True)
+    print(f"`{shlex.join(['python', *sys.argv])}`\n")
+    by_variant = {v.name: [line for seed in range(args.seeds) for line in found[v, seed]]
+                  for v in chosen if any(found[v, seed] for seed in range(args.seeds))}
+    rows = {(name, mark): [line for line in lines if line["Mimg"] == mark]
+            for mark in sorted({line["Mimg"] for lines in by_variant.values() for line in lines})
+            for name, lines in by_variant.items() if any(line["Mimg"] == mark for line in lines)}
+    print(table(rows), table(rows, "heldout_loss/"), at_equal_time(by_variant), sep="\n\n")
 
-def as_folders(data_root, out):
-    """Write CIFAR-10 to a folder as PNGs, for a data set that can have another size, unless that is
-    done. Return it."""
-    if not (out / "done").exists():
-        config = load_config(ROOT / "config" / "cifar10" / "C.yaml", [f"data_root={data_root}"])
-        for part in ("train", "val"):
-            images, labels = data.load(config, train=part == "train")
-            for label in range(config.classes):
-                (out / part / str(label)).mkdir(parents=True, exist_ok=True)
-            for i, (image, label) in enumerate(zip(images, labels.tolist(), strict=True)):
-                Image.fromarray(image.permute(1, 2, 0).numpy()).save(
-                    out / part / str(label) / f"{i:05d}.png")
-        (out / "done").touch()
-    return out
+def variants(args):
+    """The Variants that the command line names. One that --vary leaves as it is has no values in
+    its name: it is the same run, with or without --vary."""
+    axes, found = [], {}
+    for text in args.vary:
+        keys, _, values = text.partition("=")
+        keys, values = keys.split(","), yaml.safe_load(f"[{values}]")
+        values = values if keys[1:] else [[to_number(value)] for value in values]
+        if not all(isinstance(value, list) and len(value) == len(keys) for value in values):
+            raise UserError(f"--vary {text}: say KEY=A,B,C, or KEY,KEY=[A,B],[C,D]")
+        axes.append([tuple(f"{key}={json.dumps(one)}" for key, one in zip(keys, value, strict=True))
+                     for value in values])
+    for path, parts in itertools.product(args.config, itertools.product(*axes)):
+        overrides, name = tuple(itertools.chain(*parts)), "/".join(Path(path).parts[-2:])[:-5]
+        name += f" {args.change}" * bool(args.change)
+        base = Variant(name, path).config(0, args)[0]
+        words = [name]
+        for override in overrides:
+            key, _, value = override.partition("=")
+            if Variant(name, path, (override,)).config(0, args)[0] != base:
+                words.append(f"{key.rpartition('.')[2]}={value}")
+        found[" ".join(words)] = Variant(" ".join(words), path, overrides)
+    return list(found.values())
 
 # ----------------------------------------------------------------------------------------------
 # A run.
@@ -137,116 +147,125 @@ def own_cores(slots, jobs):
         cores = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, cores[slots.get() % len(cores)::jobs])
 
-def kept(name, seed, args):
-    """What score() has returned, None where it has not. Raises UserError where that was of another
-    config."""
-    config_path, overrides, _ = described(name, seed, args)
-    config = load_config(config_path, overrides)
-    path = Path(config.save_dir) / "scores.json"
-    if not path.exists():
-        return None
-    found = json.loads(path.read_text())
-    if found["config"] != config.model_dump():
-        raise UserError(f"{path} is of another config: remove its folder, or choose another "
-                        f"--save_dir")
-    return found
+def kept(variant, seed, args, known):
+    """What score() has returned, [] where not all of it is known. Raises UserError where that was
+    of another config."""
+    config, _ = variant.config(seed, args)
+    wanted = {n: about(variant, seed, n, args) for n in args.epochs or [config.n_epoch]}
+    found = {n: [line for line in known if line | one == line] for n, one in wanted.items()}
+    for line in itertools.chain(*found.values()):
+        checkpoint.check_same(config, line["config"], dict(config).keys() - FREE)
+    return [lines[-1] for lines in found.values()] if all(found.values()) else []
 
-def score(name, seed, args):
-    """Train a variant with a seed and score it. Return what scores.json holds then:
-    {"plain": {metric: value}, "0.05": ..., "activations": [least, most], "Mimg": ...,
-    "config": ...}."""
-    config_path, overrides, gain = described(name, seed, args)
-    config = load_config(config_path, overrides)
+def about(variant, seed, n_epochs, args):
+    """What a score is of."""
+    return {"variant": variant.name, "seed": seed, "epochs": n_epochs, "features": args.features,
+            "samples": args.samples, "probe": args.probe}
+
+def score(variant, seed, args):
+    """Train a variant with a seed, and score it after each of --epochs: a line for each."""
+    config, overrides = variant.config(seed, args)
     folder = Path(config.save_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    with (open(folder / "output.txt", "a") as out, contextlib.redirect_stdout(out),
-          contextlib.redirect_stderr(out)):
-        words = [word for override in [*overrides, "eval.fid=0"] for word in ("--set", override)]
-        words += ["--amp_dtype", args.amp_dtype] if args.amp_dtype else []
-        argv = ["train.py", "--config", str(config_path), *words]
-        build = diffusion.build if gain is None else begun_at(gain, diffusion.build)
-        with mock.patch.object(sys, "argv", argv), mock.patch.object(diffusion, "build", build):
-            train.main()
-        found = scores(config, args)
-    (folder / "scores.json").write_text(json.dumps(found))
-    return found
+    words = [word for override in [*overrides, "save_every=1"] for word in ("--set", override)]
+    words += ["--amp_dtype", args.amp_dtype] if args.amp_dtype else []
+    argv = ["train.py", "--config", variant.path, *words]
+    with contextlib.ExitStack() as stack:
+        out = stack.enter_context(open(folder / "output.txt", "a"))
+        stack.enter_context(contextlib.redirect_stdout(out))
+        stack.enter_context(contextlib.redirect_stderr(out))
+        stack.enter_context(mock.patch.object(sys, "argv", argv))
+        if args.change:
+            stack.enter_context(mock.patch.object(*CHANGES[args.change]))
+        train.main()
+        scorer = Scorer(config, args)
+        found = {n: scorer.measure(n) for n in args.epochs or [config.n_epoch]}
+    dynamics, metrics = ([json.loads(line) for line in (folder / f"{name}.jsonl").read_text()
+                          .splitlines()] for name in ("dynamics", "metrics"))
+    values = [value if value is not None else math.inf for row in dynamics
+              for blocks in row["activation"].values() for value in blocks.values()]
+    speed = statistics.median(row["img_per_s"] for row in metrics if "img_per_s" in row)
+    of_run = {"activations": [min(values), max(values)], "img_per_s": speed, "machine": machine(),
+              "config": config.model_dump()}
+    return [about(variant, seed, n, args) | {"Mimg": scorer.mimg(n), "scores": scores} | of_run
+            for n, scores in found.items()]
 
-def described(name, seed, args):
-    """The YAML of a variant, the overrides, and where the gains begin (None: as the network says).
-    """
-    letter, changes = VARIANTS[name]
-    path = ROOT / "config" / args.data / f"{letter}.yaml"
-    folder = Path(args.save_dir) / args.data / "-".join(name.replace(",", "").split()) / str(seed)
-    overrides = [*COMMON, *DATA[args.data], *OWN[args.data][letter], f"data_root={args.data_root}",
-                 f"eval.fid={args.samples}", f"save_dir={folder}", f"seed={seed}", *args.set]
-    base = load_config(path, overrides)
-    for key, value in changes.items():
-        if key == "lrate":
-            value *= base.lrate
-        if key == "warm_epoch":
-            value *= base.n_epoch
-        if key.endswith("per_head") and value != "null":
-            value = round(value * base.network.attn_channels_per_head)
-        if key != "gain":
-            overrides.append(f"{key}={value}")
-    return path, overrides, changes.get("gain")
+class Scorer:
+    """Scores a run's checkpoints: held-out loss, FD, linear probe."""
+    def __init__(self, config, args):
+        self.config, self.amp_dtype = config, args.amp_dtype and getattr(torch, args.amp_dtype)
+        self.device, (images, labels) = distributed.init(), data.load(config)
+        self.steps = len(images) // config.batch_size
+        self.evaluator = one = evaluation.Evaluator(
+            config.model_copy(update={"eval": config.eval.model_copy(
+                update={"fid": 0, "probe": False})}), images, labels, self.device)
+        one.config = config.model_copy(update={"eval": config.eval.model_copy(
+            update={"fid": args.samples, "probe": args.probe > 0})})
+        one.extractor = features.Extractor(*([args.features, self.device] if args.features ==
+            "pixels" else [judge.NAME, self.device, judge.register()[1]]))
+        one.reference = frechet.reference(config, images, one.extractor)
+        one.sets[probe.TRAIN] = images[:args.probe], labels[:args.probe]
 
-def changes_something(name, args):
-    """Whether a variant differs from its config: a base does not, but counts."""
-    letter, _ = VARIANTS[name]
-    (path, overrides, gain), (_, base, _) = (described(n, 0, args) for n in (name, letter))
-    config, base = (load_config(path, [*o, "save_dir=any"]) for o in (overrides, base))
-    return name == letter or gain is not None or config != base
+    def measure(self, n_epochs):
+        """{metric: value} of the plain EMA after so many epochs."""
+        config = self.config
+        denoiser = load_denoiser(config, checkpoint.find(config, n_epochs - 1), "ema", None,
+                                 self.amp_dtype)
+        found = self.evaluator.measure(diffusion.deploy(denoiser, self.device))
+        return {key: value for key, value in found.items() if not key.startswith("u/")}
 
-def begun_at(gain, build):
-    """diffusion.build, but of networks whose conditioning gains begin at `gain`."""
-    def built(*arguments, **named):
-        denoiser = build(*arguments, **named)
-        for name, p in denoiser.net.named_parameters():
-            if name.endswith(".gain"):
-                p.data.fill_(gain)
-        return denoiser
-    return built
-
-def scores(config, args):
-    """What score() returns, of a run that is done."""
-    device, (images, labels) = distributed.init(), data.load(config)
-    dtype = args.amp_dtype and getattr(torch, args.amp_dtype)
-    evaluator = evaluation.Evaluator(config, images, labels, device)
-    n_steps = config.n_epoch * (len(images) // config.batch_size)
-    found = {"Mimg": n_steps * config.batch_size / 1e6}
-    for length in (None, *LENGTHS):
-        denoiser = load_denoiser(config, checkpoint.find(config), "ema", length, dtype)
-        found["plain" if length is None else f"{length:g}"] = evaluator.measure(
-            diffusion.deploy(denoiser, device))
-    lines = (Path(config.save_dir) / "dynamics.jsonl").read_text().splitlines()
-    values = [value if value is not None else math.inf for line in lines
-              for blocks in json.loads(line)["activation"].values() for value in blocks.values()]
-    return found | {"activations": [min(values), max(values)], "config": config.model_dump()}
+    def mimg(self, n_epochs):
+        """Million images seen after so many epochs."""
+        return n_epochs * self.steps * self.config.batch_size / 1e6
 
 # ----------------------------------------------------------------------------------------------
-# The table.
+# The tables.
 
-def table(found):
-    """Markdown: a row per variant of {variant: [scores of each seed]}."""
-    head = ["variant", "seeds", "Mimg", "held-out loss, plain EMA", "held-out loss, best EMA",
-            "FD(pixels), plain EMA", "FD(pixels), best EMA", "activations (RMS), least to most"]
-    lines = [head, ["---"] * len(head)]
-    for name, runs in found.items():
-        if not runs:
-            lines.append([name, "0", *["-"] * (len(head) - 2)])
-            continue
-        distance = next(key for key in runs[0]["plain"] if key.startswith("FD"))
-        cells = [name, str(len(runs)), f"{runs[0]['Mimg']:.3g}"]
-        for metric in ("heldout_loss", distance):
-            cells.append(mean_and_deviation([run["plain"][metric] for run in runs]))
-            # The length that is best on average.
-            best = min(map("{:g}".format, LENGTHS),
-                       key=lambda key: sum(run[key][metric] for run in runs))
-            cells.append(f"{mean_and_deviation([run[best][metric] for run in runs])} at {best}")
-        least, most = zip(*(run["activations"] for run in runs), strict=True)
-        lines.append([*cells, f"{min(least):.2f} to {max(most):.3g}"])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+def table(rows, metrics=None):
+    """Markdown: a row per {(variant, Mimg): lines of score()}: the main scores of each, or those
+    that begin so."""
+    lines = []
+    for (variant, mark), runs in rows.items():
+        cells = {"variant": variant, "seeds": str(len(runs)), "Mimg": f"{mark:.3g}"}
+        cells |= {key.removeprefix(metrics or ""):
+                  mean_and_deviation([run["scores"][key] for run in runs])
+                  for key in runs[0]["scores"]
+                  if (key.startswith(metrics) if metrics else "/" not in key)}
+        if not metrics:
+            least, most = zip(*(run["activations"] for run in runs), strict=True)
+            cells["activations (RMS)"] = f"{min(least):.2f} to {max(most):.3g}"
+            cells["img/s"] = mean_and_deviation([run["img_per_s"] for run in runs])
+        lines.append(cells)
+    return markdown(lines)
+
+def at_equal_time(by_variant):
+    """Markdown: the scores of {variant: lines of score()} when the fastest had been trained to the
+    last mark that all have: the others' between two of their marks, linear in log(Mimg)."""
+    speeds = {name: statistics.mean(run["img_per_s"] for run in runs)
+              for name, runs in by_variant.items()}
+    common = set.intersection(*({run["Mimg"] for run in runs} for runs in by_variant.values()))
+    lines, most = [], max(speeds.values())
+    for name, runs in by_variant.items():
+        marks = sorted({run["Mimg"] for run in runs} & common)
+        reached = marks[-1] * speeds[name] / most if marks else 0
+        if len(marks) < 2 or not marks[0] <= reached:
+            continue                        # It would be extrapolated.
+        before, after = next(pair for pair in itertools.pairwise(marks) if reached <= pair[1])
+        share = math.log(reached / before) / math.log(after / before)
+        cells = {"at equal time": name, "Mimg": f"{reached:.3g}"}
+        for key in (key for key in runs[0]["scores"] if "/" not in key):
+            pair = [{run["seed"]: run["scores"][key] for run in runs if run["Mimg"] == mark}
+                    for mark in (before, after)]
+            cells[key] = mean_and_deviation([
+                (1 - share) * value + share * pair[1][seed] for seed, value in pair[0].items()])
+        lines.append(cells)
+    return markdown(lines)
+
+def markdown(lines):
+    """A table of dicts with the same keys."""
+    rows = [list(lines[0]), ["---"] * len(lines[0]), *(line.values() for line in lines)
+            ] if lines else []
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 def mean_and_deviation(values):
     """Such as "0.7571 ± 0.0021"."""

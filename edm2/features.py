@@ -15,15 +15,6 @@ from edm2 import data, distributed, files
 from edm2.errors import UserError, warn
 from edm2.image_files import decode_all, decode_image, is_gray, some
 
-# {name: (address, SHA-256)}. Inception-v3 is the TF port of every published FID; of DINOv2's
-# weights none is published, so that which they were is recorded beside the score.
-WEIGHTS = {
-    "inception": ("https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
-                  "weights-inception-2015-12-05-6726825d.pth",
-                  "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"),
-    "dinov2": ("https://dl.fbaipublicfiles.com/dinov2/dinov2_vitl14/dinov2_vitl14_pretrain.pth",
-               None)}
-
 class ImageSet:
     """Images (N,C,H,W) uint8, or paths of images of one size: RGB where one of them has colours.
     Raises UserError, with the number and the first names, for those that cannot be taken."""
@@ -77,16 +68,19 @@ def read_settings(folder):
 
 class Extractor:
     """images (B,C,H,W) uint8 -> features (B,d) float32 and, of Inception, logits (B,1008).
-    name: inception, dinov2 or pixels. weights, weights_sha256: a file of other weights."""
+    name: of NETWORKS, or pixels. weights, weights_sha256: a file of other weights."""
     def __init__(self, name, device, weights=None, weights_sha256=None):
         self.name, self.device, self.sha256 = name, device, None
         self.label, self.version, self.network = "pixels", "1", pixels
         if name != "pixels":
             with distributed.rank0_first():     # Downloads; torch.hub fetches DINOv2's code.
                 path, self.sha256 = find_weights(name, weights, weights_sha256)
-                network = load_network(name, path)
+                try:
+                    network = NETWORKS[name][2](path)
+                except Exception as e:      # The unpickler and torch.hub raise what they must.
+                    raise UserError(f"cannot load {name} from {path}: {str(e)[:300]}") from None
             self.network = network.to(device, memory_format=torch.channels_last)
-            self.label, published = name, WEIGHTS[name][1]
+            self.label, published = name, NETWORKS[name][1]
             self.label += f"-{self.sha256[:8]}" if self.sha256 != (published or self.sha256) else ""
             self.version = f"folded, torch-fidelity {metadata.version('torch-fidelity')}"
 
@@ -125,7 +119,7 @@ class DINOv2(nn.Module):
 def find_weights(name, path=None, expected=None):
     """A network's weights, `path` or in torch's hub cache, where they are downloaded, and their
     SHA-256. Raises UserError where that is not `expected` (default: the published one)."""
-    (url, published), path = WEIGHTS[name], path and Path(path)
+    (url, published, _), path = NETWORKS[name], path and Path(path)
     cached = Path(torch.hub.get_dir(), "checkpoints", Path(url).name)
     same = cached.with_name(cached.name.replace("weights-", "pt_"))     # As pytorch-fid names it.
     try:
@@ -141,22 +135,32 @@ def find_weights(name, path=None, expected=None):
         raise UserError(f"{path} has SHA-256 {found}, not {expected or published}: take {url}")
     return path, found
 
-def load_network(name, path):
-    """torch-fidelity's Inception, or DINOv2, whose code torch.hub fetches. UserError: cannot."""
-    try:
-        if name == "dinov2":
-            os.environ["XFORMERS_DISABLED"] = "1"       # In full precision, everywhere the same.
-            network = torch.hub.load("facebookresearch/dinov2", "dinov2_vitl14", pretrained=False,
-                                     trust_repo=True, verbose=False)
-            network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-            return DINOv2(network)
-        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-        torch.load(path, weights_only=True)     # Refuses code, which torch-fidelity would run.
-        network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"],
-                                              feature_extractor_weights_path=str(path))
-        for m in network.modules():     # Batch norms of fixed statistics: part of convolutions.
-            if hasattr(m, "conv") and hasattr(m, "bn"):
-                m.conv, m.bn = fuse_conv_bn_eval(m.conv, m.bn), nn.Identity()
-        return network
-    except Exception as e:              # The unpickler and torch.hub raise what they are led to.
-        raise UserError(f"cannot load {name} from {path}: {str(e)[:300]}") from None
+def load_inception(path):
+    """torch-fidelity's Inception-v3, with weights of a file."""
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+    torch.load(path, weights_only=True)     # Refuses code, which torch-fidelity would run.
+    network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"],
+                                          feature_extractor_weights_path=str(path))
+    for m in network.modules():     # Batch norms of fixed statistics: part of convolutions.
+        if hasattr(m, "conv") and hasattr(m, "bn"):
+            m.conv, m.bn = fuse_conv_bn_eval(m.conv, m.bn), nn.Identity()
+    return network
+
+def load_dinov2(path):
+    """DINOv2, whose code torch.hub fetches, with weights of a file."""
+    os.environ["XFORMERS_DISABLED"] = "1"       # In full precision, everywhere the same.
+    network = torch.hub.load("facebookresearch/dinov2", "dinov2_vitl14", pretrained=False,
+                             trust_repo=True, verbose=False)
+    network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    return DINOv2(network)
+
+# {name: (address of the weights, their SHA-256, what makes the network of a file of them)}; others
+# can be added (benchmarks/judge.py). Inception-v3 is the TF port of every published FID; of
+# DINOv2's weights no SHA-256 is published, so that which they were is recorded beside the score.
+NETWORKS = {
+    "inception": ("https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
+                  "weights-inception-2015-12-05-6726825d.pth",
+                  "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2",
+                  load_inception),
+    "dinov2": ("https://dl.fbaipublicfiles.com/dinov2/dinov2_vitl14/dinov2_vitl14_pretrain.pth",
+               None, load_dinov2)}

@@ -248,7 +248,7 @@ def test_weights_are_refused(inception_weights, sampled, tmp_path):
             return Path.touch, (tmp_path / "ran",)
 
     (path, sha256), (flags, save_dir), evil = inception_weights, sampled, tmp_path / "evil.pth"
-    before, published = sorted(save_dir.rglob("*")), features.WEIGHTS["inception"][1]
+    before, published = sorted(save_dir.rglob("*")), features.NETWORKS["inception"][1]
     refused(*flags, "--weights", path, words=[path, sha256, published, "SHA-256"])
     refused(*flags, "--weights", tmp_path / "no.pth", words=[tmp_path / "no.pth", "No such file"])
     torch.save(Evil(), evil)
@@ -256,17 +256,17 @@ def test_weights_are_refused(inception_weights, sampled, tmp_path):
             words=["cannot load", evil])
     assert not (tmp_path / "ran").exists() and sorted(save_dir.rglob("*")) == before
 
-@pytest.mark.parametrize("name", list(features.WEIGHTS))
+@pytest.mark.parametrize("name", list(features.NETWORKS))
 def test_neither_file_nor_network(tmp_path, name, monkeypatch):
     """Address, checksum, where to put it; a file that arrives damaged is refused; none is left."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
-    a, (url, sha256) = pngs(tmp_path / "a"), features.WEIGHTS[name]
+    a, (url, sha256, load) = pngs(tmp_path / "a"), features.NETWORKS[name]
     file = url.rpartition("/")[2]
     path, damaged = tmp_path / "torch" / "hub" / "checkpoints" / file, tmp_path / file
     refused(a, a, "--features", name, words=[url, sha256 or "unknown", path])
     damaged.write_bytes(b"not these")
-    monkeypatch.setitem(features.WEIGHTS, name, (damaged.as_uri(), sha256 or 64 * "0"))
+    monkeypatch.setitem(features.NETWORKS, name, (damaged.as_uri(), sha256 or 64 * "0", load))
     refused(a, a, "--features", name, words=["invalid hash", path])
     assert [p for p in tmp_path.rglob("*") if p.is_file() and p.parent != a] == [damaged]
 

@@ -1,0 +1,140 @@
+"""Is a run right? Its held-out losses against those of runs that anyone can repeat on a CPU.
+
+    make check-run RUN=runs/cifar10_small/G         (0: all inside of the band, 1: not, 2: unknown)
+    python benchmarks/expected.py --run runs/cifar10_small/G
+
+docs/expected.jsonl has a line per config: the command, and of each mark the loss of every seed. How
+a line is written anew, from folders of runs that differ in their seeds alone, and the picture:
+
+    python benchmarks/expected.py --add NAME COMMAND runs/seed0 runs/seed1 runs/seed2
+    python benchmarks/expected.py --draw docs/expected.png
+"""
+
+import argparse
+import json
+import math
+import statistics
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from scipy.stats import t
+from sides import ROOT, machine
+from edm2 import checkpoint
+from edm2.config import FREE, Config
+from edm2.errors import UserError, command
+
+PATH = ROOT / "docs" / "expected.jsonl"
+CHANCE = 0.01           # That a right run is outside of the band at a mark.
+
+def main():
+    """Check a run, add a line, or draw all."""
+    p = argparse.ArgumentParser(description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--run", help="the save_dir of a run with eval_every")
+    p.add_argument("--add", nargs="+", metavar=("NAME", "COMMAND"), help="then the runs' folders")
+    p.add_argument("--draw", metavar="PNG")
+    args = p.parse_args()
+    known = [json.loads(line) for line in PATH.read_text().splitlines()] if PATH.exists() else []
+    if args.add:
+        name, *how = args.add
+        known = [line for line in known if line["name"] != name] + [described(name, *how)]
+        PATH.write_text("".join(json.dumps(line) + "\n" for line in known))
+    if args.draw:
+        draw(known, args.draw)
+    if args.run is not None and not check(known, *read(args.run), args.run):
+        sys.exit(1)
+
+def read(run):
+    """What of a run decides its losses, {key: value}, and these, {Mimg: loss}. Raises UserError
+    where the folder has no checkpoint or no evaluation."""
+    path = checkpoint.newest(SimpleNamespace(save_dir=run))
+    if path is None:
+        raise UserError(f"{run} holds no run: say the save_dir of one that train.py has saved")
+    state = checkpoint.load(path)
+    config = Config.model_validate(state["config"])
+    about = {"images_sha256": state["images_sha256"], "eval.images": config.eval.images}
+    for key, value in config.model_dump().items():
+        if key not in FREE | {"seed", "posthoc_ema"}:
+            about |= ({f"{key}.{name}": one for name, one in value.items()}
+                      if isinstance(value, dict) else {key: value})
+    lines = (Path(run) / "metrics.jsonl").read_text().splitlines()
+    losses = {row["Mimg"]: row["heldout_loss"] for row in map(json.loads, lines)
+              if "heldout_loss" in row}
+    if not losses:
+        raise UserError(f"{run} has no held-out loss: train with eval_every")
+    return about, losses
+
+def described(name, shell, *runs):
+    """A line of expected.jsonl."""
+    found = [read(run) for run in runs]
+    about = found[0][0]
+    if any(other != about for other, _ in found):
+        raise UserError(f"{', '.join(runs)} differ in more than their seeds")
+    marks = sorted(set.intersection(*(set(losses) for _, losses in found)))
+    return {"name": name, "command": shell, "machine": machine(), "about": about,
+            "heldout_loss": {mark: [losses[mark] for _, losses in found] for mark in marks}}
+
+def bands(known):
+    """{name: {Mimg: (mean, half the band's width)}}: Student's prediction interval of one run more.
+    The standard deviation, relative to the mean, is that of all configs with the mark."""
+    deviations = {}
+    for line in known:
+        for mark, losses in line["heldout_loss"].items():
+            mean = statistics.mean(losses)
+            deviations.setdefault(mark, []).append([loss / mean - 1 for loss in losses])
+    found = {}
+    for line in known:
+        band = found[line["name"]] = {}
+        for mark, losses in line["heldout_loss"].items():
+            freedom = sum(len(one) - 1 for one in deviations[mark])
+            squares = sum(x * x for one in deviations[mark] for x in one)
+            half = (t.ppf(1 - CHANCE / 2, freedom) * math.sqrt(squares / freedom)
+                    * math.sqrt(1 + 1 / len(losses)))
+            band[float(mark)] = statistics.mean(losses), statistics.mean(losses) * half
+    return found
+
+def check(known, about, losses, run):
+    """Print, mark by mark, whether a run's losses are inside of the band; return whether all are.
+    Raises UserError where its config is not among those that are known."""
+    def differences(line):
+        return [f"{key} ({line['about'].get(key)} there, {about.get(key)} here)"
+                for key in line["about"] | about if line["about"].get(key) != about.get(key)]
+
+    nearest = min(known, key=lambda line: len(differences(line)))
+    if different := differences(nearest):
+        raise UserError(f"{run} is of no config that {PATH.name} knows; the nearest, "
+                        f"{nearest['name']}, differs in {'; '.join(different)}")
+    band, wrong, seen = bands(known)[nearest["name"]], 0, 0
+    for mark, (mean, half) in band.items():
+        if (loss := losses.get(mark, math.nan)) is None or mark in losses:
+            inside = loss is not None and abs(loss - mean) <= half
+            seen, wrong = seen + 1, wrong + (not inside)
+            print(f"{mark:.3g} Mimg: held-out loss {loss or math.nan:.4f}, expected {mean:.4f} ± "
+                  f"{half:.4f}: {'inside' if inside else 'OUTSIDE'}")
+    if not seen:
+        raise UserError(f"{run} was not evaluated at {', '.join(f'{mark:.3g}' for mark in band)} "
+                        f"Mimg, which are known of {nearest['name']}")
+    print(f"{run}, {nearest['name']}: {seen - wrong} of {seen} marks inside")
+    return not wrong
+
+def draw(known, path):
+    """Draw the means and bands, a panel per data set and size."""
+    from matplotlib.figure import Figure
+    panels = {}
+    for line in known:
+        panels.setdefault(line["name"].rpartition(", ")[0], []).append(line)
+    figure = Figure(figsize=(5 * len(panels), 3.6), layout="constrained", dpi=150)
+    grid = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axes, (title, lines) in zip(grid, panels.items(), strict=True):
+        for line in lines:
+            marks, values = zip(*bands(known)[line["name"]].items(), strict=True)
+            low, high = ([mean + sign * half for mean, half in values] for sign in (-1, 1))
+            axes.plot(marks, [mean for mean, _ in values], ".-", label=line["name"][-1])
+            axes.fill_between(marks, low, high, alpha=0.25)
+        axes.set(title=title, xlabel="Mimg", ylabel="held-out loss", xscale="log")
+        axes.grid(alpha=0.3, which="both")
+        axes.legend()
+    figure.savefig(path)
+
+if __name__ == "__main__":
+    command(main)()
