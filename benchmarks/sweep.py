@@ -75,6 +75,7 @@ def main():
         help="score after so many epochs, such as 2,4 (default: the last alone)")
     add("--features", choices=["pixels", judge.NAME], default="pixels", help="of the FD")
     add("--samples", type=int, default=1000, help="of the FD")
+    add("--floor", action="store_true", help="the FD of as many real test images, too")
     add("--probe", type=int, default=0, metavar="N", help="linear probe on N training images")
     add("--save_dir", default="runs/sweep")
     add("--out", type=Path, metavar="JSONL", help="scores (default: scores.jsonl in save_dir)")
@@ -109,10 +110,15 @@ def main():
     print(f"`{shlex.join(['python', *sys.argv])}`\n")
     by_variant = {v.name: [line for seed in range(args.seeds) for line in found[v, seed]]
                   for v in chosen if any(found[v, seed] for seed in range(args.seeds))}
+    if not by_variant:
+        raise UserError("no run came to its end: see output.txt in their folders")
     rows = {(name, mark): [line for line in lines if line["Mimg"] == mark]
             for mark in sorted({line["Mimg"] for lines in by_variant.values() for line in lines})
             for name, lines in by_variant.items() if any(line["Mimg"] == mark for line in lines)}
-    print(table(rows), table(rows, "heldout_loss/"), at_equal_time(by_variant), sep="\n\n")
+    print(table(rows), table(rows, "heldout_loss/"), curves(by_variant, "heldout"),
+          curves(by_variant, "training"), at_equal_time(by_variant), sep="\n\n")
+    if args.floor:
+        print(f"\n{floor(chosen[0].config(0, args)[0], args)}")
 
 def variants(args):
     """The Variants that the command line names. One that --vary leaves as it is has no values in
@@ -187,6 +193,9 @@ def score(variant, seed, args):
     speed = statistics.median(row["img_per_s"] for row in metrics if "img_per_s" in row)
     of_run = {"activations": [min(values), max(values)], "img_per_s": speed, "machine": machine(),
               "config": config.model_dump()}
+    for name, key in (("training", "loss_unweighted"), ("heldout", "heldout_loss")):
+        curve = [[row["Mimg"], row[key]] for row in metrics if key in row]
+        of_run[name] = [curve[2 ** k - 1] for k in range(len(curve).bit_length())]
     return [about(variant, seed, n, args) | {"Mimg": scorer.mimg(n), "scores": scores} | of_run
             for n, scores in found.items()]
 
@@ -218,6 +227,15 @@ class Scorer:
         """Million images seen after so many epochs."""
         return n_epochs * self.steps * self.config.batch_size / 1e6
 
+def floor(config, args):
+    """The FD of as many real images: of --seeds parts of the test set."""
+    one = Scorer(config, args).evaluator
+    parts = one.sets[probe.TEST][0].split(args.samples)[:args.seeds]
+    found = [frechet.distance(frechet.compute(features.ImageSet("real test images", part),
+                                              one.extractor), one.reference) for part in parts]
+    return f"{one.extractor.metric('FID')} n={args.samples} of real test images: " + \
+        mean_and_deviation(found)
+
 # ----------------------------------------------------------------------------------------------
 # The tables.
 
@@ -238,6 +256,16 @@ def table(rows, metrics=None):
         lines.append(cells)
     return markdown(lines)
 
+def curves(by_variant, name):
+    """Markdown: held-out losses, or unweighted training losses since the record before (of the same
+    images and noise with one seed), at the records 1, 2, 4, ... that all have."""
+    kept = {variant: list({run["seed"]: dict(run[name]) for run in runs}.values())
+            for variant, runs in by_variant.items()}
+    common = set.intersection(*(set(one) for runs in kept.values() for one in runs))
+    return markdown([{f"{name} loss": variant} | {
+        f"{mark:.3g} Mimg": mean_and_deviation([one[mark] for one in runs])
+        for mark in sorted(common)} for variant, runs in kept.items()])
+
 def at_equal_time(by_variant):
     """Markdown: the scores of {variant: lines of score()} when the fastest had been trained to the
     last mark that all have: the others' between two of their marks, linear in log(Mimg)."""
@@ -247,7 +275,7 @@ def at_equal_time(by_variant):
     lines, most = [], max(speeds.values())
     for name, runs in by_variant.items():
         marks = sorted({run["Mimg"] for run in runs} & common)
-        reached = marks[-1] * speeds[name] / most if marks else 0
+        reached = marks[-1] * (speeds[name] / most) if marks else 0
         if len(marks) < 2 or not marks[0] <= reached:
             continue                        # It would be extrapolated.
         before, after = next(pair for pair in itertools.pairwise(marks) if reached <= pair[1])
