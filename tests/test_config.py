@@ -49,6 +49,22 @@ def test_shipped_config_is_the_recipe(path):
         assert list(config.diffusion.model_dump().values()) == [        # Spec section 3.
             0.5, -1.2, 1.2, 0.002, 80, 7, 0.01, 1, 1.007]
 
+@pytest.mark.parametrize("letter", "CEG")
+def test_the_small_config_is_the_shipped_one_made_small(letter):
+    """Nothing but sizes, the length of the run and what goes with it; no dropout."""
+    small, large = (load_config(ROOT / "config" / name / f"{letter}.yaml")
+                    for name in ("cifar10_small", "cifar10"))
+    differ = {key for key, value in small if value != getattr(large, key)}
+    assert differ - {"tref_epoch"} == {
+        "network", "n_epoch", "batch_size", "lrate", "warm_epoch", "ema", "eval_every", "eval",
+        "save_dir", "save_every", "linear"}
+    assert {name for name, value in small.network if value != getattr(large.network, name)} - {
+        "dropout"} == {"n_channels", "ch_mults", "is_attn", "attn_channels_per_head", "n_blocks"}
+    assert small.network.dropout == 0 and (small.tref_epoch is None) == (letter == "C")
+    assert set(dict(small.linear).items()) ^ set(dict(large.linear).items()) == {
+        ("blockname", "out_5"), ("blockname", "out_6")}
+    assert diffusion.cost(small)[0] == 314_352 + 528 * (letter == "G")
+
 @pytest.mark.parametrize("net_type", NETS)
 def test_network_defaults_are_the_constructors(net_type):
     parameters = inspect.signature(getattr(diffusion.NETWORKS[net_type], net_type)).parameters

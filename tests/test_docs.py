@@ -89,11 +89,12 @@ def test_commands_exist(page):
     assert all(language == "diff" and (ROOT / what).suffix == ".py" for language, what in strange)
     for script, words in commands(page):
         flags = {word.partition("=")[0] for word in words if re.match(r"--\w", word)}
-        if script.startswith("benchmarks/"):
+        if script.startswith("benchmarks/") and script != "benchmarks/judge.py":
             known = set(re.findall(r'"(--[\w-]+)"', (ROOT / script).read_text()))
-        else:
-            name = script.removeprefix("edm2.").removesuffix(".py")
-            known = set(re.findall(r"(?<!\w)--[\w-]+", run(f"{name}.py", "--help").stdout))
+        else:                                   # The judge has fid.py's.
+            name = script.replace("benchmarks/judge", "fid").removeprefix("edm2.")
+            known = set(re.findall(r"(?<!\w)--[\w-]+",
+                                   run(f"{name.removesuffix('.py')}.py", "--help").stdout))
         assert flags <= known, (script, flags - known)
         for before, word in zip(["", *words], words, strict=False):
             if re.fullmatch(r"config/\w+/\w+\.yaml", word) and before == "--config":
