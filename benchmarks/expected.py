@@ -1,8 +1,9 @@
 """Is a run right? Its held-out losses against those of runs that anyone can repeat on a CPU.
 
-    make check-run RUN=runs/cifar10_small/G         (0: all inside of the band, 1: not, 2: unknown)
+    make check-run RUN=runs/cifar10_small/G
     python benchmarks/expected.py --run runs/cifar10_small/G
 
+The exit code is 0 where all are inside of the band, 1 where one is not, 2 of what is not known.
 docs/expected.jsonl has a line per config: the command, and of each mark the loss of every seed. How
 a line is written anew, from folders of runs that differ in their seeds alone, and the picture:
 
@@ -45,12 +46,12 @@ def main():
         sys.exit(1)
 
 def read(run):
-    """What of a run decides its losses, {key: value}, and these, {Mimg: loss}. Raises UserError
-    where the folder has no checkpoint or no evaluation."""
-    path = checkpoint.newest(SimpleNamespace(save_dir=run))
-    if path is None:
-        raise UserError(f"{run} holds no run: say the save_dir of one that train.py has saved")
-    state = checkpoint.load(path)
+    """What of a run decides its losses, {key: value}, and these, {"0.05": loss}, by Mimg; None is
+    NaN. Raises UserError where the folder has no checkpoint or no evaluation."""
+    path = run and checkpoint.newest(SimpleNamespace(save_dir=run))
+    if not path:
+        raise UserError(f"{run!r} holds no run: say the save_dir of one that train.py has saved")
+    state = checkpoint.load(path, ("config", "images_sha256"))
     config = Config.model_validate(state["config"])
     about = {"images_sha256": state["images_sha256"], "eval.images": config.eval.images}
     for key, value in config.model_dump().items():
@@ -58,24 +59,25 @@ def read(run):
             about |= ({f"{key}.{name}": one for name, one in value.items()}
                       if isinstance(value, dict) else {key: value})
     lines = (Path(run) / "metrics.jsonl").read_text().splitlines()
-    losses = {row["Mimg"]: row["heldout_loss"] for row in map(json.loads, lines)
+    losses = {str(row["Mimg"]): row["heldout_loss"] for row in map(json.loads, lines)
               if "heldout_loss" in row}
     if not losses:
         raise UserError(f"{run} has no held-out loss: train with eval_every")
     return about, losses
 
-def described(name, shell, *runs):
+def described(name, shell="", *runs):
     """A line of expected.jsonl."""
-    found = [read(run) for run in runs]
+    if len(found := [read(run) for run in runs]) < 2:
+        raise UserError("--add NAME COMMAND: then two runs or more, of different seeds")
     about = found[0][0]
     if any(other != about for other, _ in found):
         raise UserError(f"{', '.join(runs)} differ in more than their seeds")
-    marks = sorted(set.intersection(*(set(losses) for _, losses in found)))
+    marks = sorted(set.intersection(*(set(losses) for _, losses in found)), key=float)
     return {"name": name, "command": shell, "machine": machine(), "about": about,
             "heldout_loss": {mark: [losses[mark] for _, losses in found] for mark in marks}}
 
 def bands(known):
-    """{name: {Mimg: (mean, half the band's width)}}: Student's prediction interval of one run more.
+    """{name: {"0.05": (mean, half of the band)}}: Student's prediction interval of one run more.
     The standard deviation, relative to the mean, is that of all configs with the mark."""
     deviations = {}
     for line in known:
@@ -90,7 +92,7 @@ def bands(known):
             squares = sum(x * x for one in deviations[mark] for x in one)
             half = (t.ppf(1 - CHANCE / 2, freedom) * math.sqrt(squares / freedom)
                     * math.sqrt(1 + 1 / len(losses)))
-            band[float(mark)] = statistics.mean(losses), statistics.mean(losses) * half
+            band[mark] = statistics.mean(losses), statistics.mean(losses) * half
     return found
 
 def check(known, about, losses, run):
@@ -100,22 +102,26 @@ def check(known, about, losses, run):
         return [f"{key} ({line['about'].get(key)} there, {about.get(key)} here)"
                 for key in line["about"] | about if line["about"].get(key) != about.get(key)]
 
+    if not known:
+        raise UserError(f"{PATH} is missing, or empty")
     nearest = min(known, key=lambda line: len(differences(line)))
     if different := differences(nearest):
         raise UserError(f"{run} is of no config that {PATH.name} knows; the nearest, "
                         f"{nearest['name']}, differs in {'; '.join(different)}")
-    band, wrong, seen = bands(known)[nearest["name"]], 0, 0
-    for mark, (mean, half) in band.items():
-        if (loss := losses.get(mark, math.nan)) is None or mark in losses:
-            inside = loss is not None and abs(loss - mean) <= half
-            seen, wrong = seen + 1, wrong + (not inside)
-            print(f"{mark:.3g} Mimg: held-out loss {loss or math.nan:.4f}, expected {mean:.4f} ± "
-                  f"{half:.4f}: {'inside' if inside else 'OUTSIDE'}")
+    band = bands(known)[nearest["name"]]
+    seen = {mark: math.nan if losses[mark] is None else losses[mark]
+            for mark in band if mark in losses}
     if not seen:
-        raise UserError(f"{run} was not evaluated at {', '.join(f'{mark:.3g}' for mark in band)} "
-                        f"Mimg, which are known of {nearest['name']}")
-    print(f"{run}, {nearest['name']}: {seen - wrong} of {seen} marks inside")
-    return not wrong
+        raise UserError(f"{run} was not evaluated at {', '.join(band)} Mimg, which are known of "
+                        f"{nearest['name']}")
+    inside = 0
+    for mark, loss in seen.items():
+        mean, half = band[mark]
+        inside += (right := abs(loss - mean) <= half)
+        print(f"{float(mark):.3g} Mimg: held-out loss {loss:.4f}, expected {mean:.4f} ± {half:.4f}:"
+              f" {'inside' if right else 'OUTSIDE'}")
+    print(f"{run}, {nearest['name']}: {inside} of {len(seen)} marks inside")
+    return inside == len(seen)
 
 def draw(known, path):
     """Draw the means and bands, a panel per data set and size."""
@@ -128,6 +134,7 @@ def draw(known, path):
     for axes, (title, lines) in zip(grid, panels.items(), strict=True):
         for line in lines:
             marks, values = zip(*bands(known)[line["name"]].items(), strict=True)
+            marks = list(map(float, marks))
             low, high = ([mean + sign * half for mean, half in values] for sign in (-1, 1))
             axes.plot(marks, [mean for mean, _ in values], ".-", label=line["name"][-1])
             axes.fill_between(marks, low, high, alpha=0.25)

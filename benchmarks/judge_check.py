@@ -45,13 +45,13 @@ def main():
         def statistics(some, extractor=extractor):
             return frechet.compute(features.ImageSet("test images", some), extractor, 50, True)
 
-        reference = statistics(images[n:])
+        reference = statistics(images[2 * n:])
         for fault, make in FAULTS.items():
-            kept = statistics(make(images[:n], labels[:n]))
+            kept = statistics(make(images[:2 * n], labels[:2 * n])[:n])     # Of all as many.
             found[fault] = [*found.get(fault, []), frechet.distance(kept, reference)]
             if fault == "none":
                 classifier = LogisticRegression(C=0.01, max_iter=300)
-                classifier.fit(reference.features / reference.features.std(), labels[n:])
+                classifier.fit(reference.features / reference.features.std(), labels[2 * n:])
                 right = classifier.score(kept.features / reference.features.std(), labels[:n])
                 print(f"classes right by {extractor.label}: {right:.1%}", flush=True)
     print(f"\n`{shlex.join(['python', *sys.argv])}`, {machine()}\n\n| fault of {n:,} images "

