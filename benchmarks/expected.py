@@ -23,9 +23,11 @@ from sides import ROOT, machine
 from edm2 import checkpoint
 from edm2.config import FREE, Config
 from edm2.errors import UserError, command
+from edm2.evaluation import LEVELS
 
 PATH = ROOT / "docs" / "expected.jsonl"
 CHANCE = 0.01           # That a right run is outside of the band at a mark.
+MIDDLE = slice(2, 6)    # Of LEVELS: sigma 0.144, 0.386, 1.04, 2.78.
 
 def main():
     """Check a run, add a line, or draw all."""
@@ -46,8 +48,8 @@ def main():
         sys.exit(1)
 
 def read(run):
-    """What of a run decides its losses, {key: value}, and these, {"0.05": loss}, by Mimg; None is
-    NaN. Raises UserError where the folder has no checkpoint or no evaluation."""
+    """What of a run decides its losses, {key: value}, and these, {Mimg: [of each of LEVELS]}; None
+    is NaN. Raises UserError where the folder has no checkpoint or no evaluation."""
     path = run and checkpoint.newest(SimpleNamespace(save_dir=run))
     if not path:
         raise UserError(f"{run!r} holds no run: say the save_dir of one that train.py has saved")
@@ -59,11 +61,16 @@ def read(run):
             about |= ({f"{key}.{name}": one for name, one in value.items()}
                       if isinstance(value, dict) else {key: value})
     lines = (Path(run) / "metrics.jsonl").read_text().splitlines()
-    losses = {str(row["Mimg"]): row["heldout_loss"] for row in map(json.loads, lines)
-              if "heldout_loss" in row}
+    losses = {str(row["Mimg"]): [row[f"heldout_loss/{level:.3g}"] for level in LEVELS]
+              for row in map(json.loads, lines) if "heldout_loss" in row}
     if not losses:
         raise UserError(f"{run} has no held-out loss: train with eval_every")
     return about, losses
+
+def middle(losses):
+    """The mean of the losses of the middle levels. Those of little and of much noise differ ten
+    times as much from seed to seed."""
+    return statistics.mean(math.nan if loss is None else loss for loss in losses[MIDDLE])
 
 def described(name, shell="", *runs):
     """A line of expected.jsonl."""
@@ -82,12 +89,14 @@ def bands(known):
     deviations = {}
     for line in known:
         for mark, losses in line["heldout_loss"].items():
+            losses = list(map(middle, losses))
             mean = statistics.mean(losses)
             deviations.setdefault(mark, []).append([loss / mean - 1 for loss in losses])
     found = {}
     for line in known:
         band = found[line["name"]] = {}
         for mark, losses in line["heldout_loss"].items():
+            losses = list(map(middle, losses))
             freedom = sum(len(one) - 1 for one in deviations[mark])
             squares = sum(x * x for one in deviations[mark] for x in one)
             half = (t.ppf(1 - CHANCE / 2, freedom) * math.sqrt(squares / freedom)
@@ -109,8 +118,7 @@ def check(known, about, losses, run):
         raise UserError(f"{run} is of no config that {PATH.name} knows; the nearest, "
                         f"{nearest['name']}, differs in {'; '.join(different)}")
     band = bands(known)[nearest["name"]]
-    seen = {mark: math.nan if losses[mark] is None else losses[mark]
-            for mark in band if mark in losses}
+    seen = {mark: middle(losses[mark]) for mark in band if mark in losses}
     if not seen:
         raise UserError(f"{run} was not evaluated at {', '.join(band)} Mimg, which are known of "
                         f"{nearest['name']}")
@@ -118,8 +126,8 @@ def check(known, about, losses, run):
     for mark, loss in seen.items():
         mean, half = band[mark]
         inside += (right := abs(loss - mean) <= half)
-        print(f"{float(mark):.3g} Mimg: held-out loss {loss:.4f}, expected {mean:.4f} ± {half:.4f}:"
-              f" {'inside' if right else 'OUTSIDE'}")
+        print(f"{float(mark):.3g} Mimg: held-out loss, sigma 0.14 to 2.8: {loss:.4f}, expected "
+              f"{mean:.4f} ± {half:.4f}: {'inside' if right else 'OUTSIDE'}")
     print(f"{run}, {nearest['name']}: {inside} of {len(seen)} marks inside")
     return inside == len(seen)
 
@@ -138,7 +146,8 @@ def draw(known, path):
             low, high = ([mean + sign * half for mean, half in values] for sign in (-1, 1))
             axes.plot(marks, [mean for mean, _ in values], ".-", label=line["name"][-1])
             axes.fill_between(marks, low, high, alpha=0.25)
-        axes.set(title=title, xlabel="Mimg", ylabel="held-out loss", xscale="log")
+        axes.set(title=title, xlabel="Mimg", xscale="log",
+                 ylabel="held-out loss, sigma 0.14 to 2.8")
         axes.grid(alpha=0.3, which="both")
         axes.legend()
     figure.savefig(path)

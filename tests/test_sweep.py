@@ -121,7 +121,8 @@ def test_a_sweep_and_what_is_expected(sweep, tmp_path, monkeypatch):
     refused("expected.py", "--add", "tiny, C", "python", other, words=["two runs or more"])
     line = json.loads(expected.PATH.read_text())
     assert list(line["heldout_loss"]) == ["0.0014", "0.0028", "0.0042"]
-    line["heldout_loss"]["0.0042"] = [loss / 2 for loss in line["heldout_loss"]["0.0042"]]
+    line["heldout_loss"]["0.0042"] = [[loss / 2 for loss in losses]
+                                      for losses in line["heldout_loss"]["0.0042"]]
     expected.PATH.write_text(json.dumps(line) + "\n")
     done = run("expected.py", "--run", other)
     assert done.returncode == 1 and "2 of 3 marks inside" in done.stdout
@@ -134,7 +135,7 @@ def test_a_band_holds_as_many_as_it_says(sweep):
     for _ in range(4000):
         means = 0.5, 0.6, 0.8
         losses = [[mean * (1 + 0.01 * x) for x in rng.standard_normal(4)] for mean in means]
-        lines = [{"name": str(i), "heldout_loss": {"0.1": some[:3]}}
+        lines = [{"name": str(i), "heldout_loss": {"0.1": [[loss] * 8 for loss in some[:3]]}}
                  for i, some in enumerate(losses)]
         mean, half = expected.bands(lines)["1"]["0.1"]
         outside += abs(losses[1][3] - mean) > half
