@@ -86,23 +86,18 @@ def described(name, shell="", *runs):
 def bands(known):
     """{name: {"0.05": (mean, half of the band)}}: Student's prediction interval of one run more.
     The standard deviation, relative to the mean, is that of all configs with the mark."""
-    deviations = {}
-    for line in known:
-        for mark, losses in line["heldout_loss"].items():
-            losses = list(map(middle, losses))
-            mean = statistics.mean(losses)
-            deviations.setdefault(mark, []).append([loss / mean - 1 for loss in losses])
-    found = {}
-    for line in known:
-        band = found[line["name"]] = {}
-        for mark, losses in line["heldout_loss"].items():
-            losses = list(map(middle, losses))
-            freedom = sum(len(one) - 1 for one in deviations[mark])
-            squares = sum(x * x for one in deviations[mark] for x in one)
-            half = (t.ppf(1 - CHANCE / 2, freedom) * math.sqrt(squares / freedom)
-                    * math.sqrt(1 + 1 / len(losses)))
-            band[mark] = statistics.mean(losses), statistics.mean(losses) * half
-    return found
+    losses = {line["name"]: {mark: list(map(middle, of_seeds))
+                             for mark, of_seeds in line["heldout_loss"].items()} for line in known}
+
+    def band(mark, own):
+        others = [one[mark] for one in losses.values() if mark in one]
+        freedom = sum(len(one) - 1 for one in others)
+        squares = sum((loss / statistics.mean(one) - 1) ** 2 for one in others for loss in one)
+        half = t.ppf(1 - CHANCE / 2, freedom) * math.sqrt(squares / freedom * (1 + 1 / len(own)))
+        return statistics.mean(own), statistics.mean(own) * half
+
+    return {name: {mark: band(mark, own) for mark, own in one.items()}
+            for name, one in losses.items()}
 
 def check(known, about, losses, run):
     """Print, mark by mark, whether a run's losses are inside of the band; return whether all are.

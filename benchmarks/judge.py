@@ -16,7 +16,9 @@ import fid
 from edm2 import features
 from edm2.errors import UserError, command
 
-NAME, SIZE = "efficientnet", 112        # Half of the size it was trained at: five times faster.
+# Half of the size it was trained at: five times faster. Another SIZE needs another NAME, by which
+# statistics of training sets are kept.
+NAME, SIZE = "efficientnet", 112
 SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 
 class EfficientNet(nn.Module):

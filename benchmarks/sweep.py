@@ -217,8 +217,9 @@ def score(variant, seed, args):
         train.main()
         scorer = Scorer(config, args)
         found = {n: scorer.measure(n) for n in args.epochs or [config.n_epoch]}
-    return [about(variant, seed, n, args) | {"Mimg": scorer.mimg(n), "scores": scores,
-            "config": config.model_dump()} | figures(folder) for n, scores in found.items()]
+    of_run = {"config": config.model_dump()} | figures(folder)
+    return [about(variant, seed, n, args) | {"Mimg": scorer.mimg(n), "scores": scores} | of_run
+            for n, scores in found.items()]
 
 def figures(folder):
     """What of a run's metrics.jsonl and dynamics.jsonl goes into each of its lines."""

@@ -77,7 +77,7 @@ class Extractor:
                 path, self.sha256 = find_weights(name, weights, weights_sha256)
                 try:
                     network = NETWORKS[name][2](path)
-                except Exception as e:      # The unpickler and torch.hub raise what they must.
+                except Exception as e:      # The unpickler and torch.hub raise many kinds.
                     raise UserError(f"cannot load {name} from {path}: {str(e)[:300]}") from None
             self.network = network.to(device, memory_format=torch.channels_last)
             self.label, published = name, NETWORKS[name][1]
