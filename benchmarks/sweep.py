@@ -21,6 +21,7 @@ import os
 import shlex
 import statistics
 import sys
+import threading
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -174,7 +175,10 @@ def score_all(runs, args):
     return found
 
 def own_cores(slots, jobs):
-    """Take this process's share of the cores, which distributed.init() counts."""
+    """Take this process's share of the cores, which distributed.init() counts; end with the sweep,
+    however that ends."""
+    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)),
+                     daemon=True).start()
     if hasattr(os, "sched_setaffinity"):
         cores = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, cores[slots.get() % len(cores)::jobs])
