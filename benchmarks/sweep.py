@@ -28,6 +28,7 @@ from pathlib import Path
 from unittest import mock
 import judge
 import torch
+from expected import MIDDLE, middle
 from sides import machine
 import blockC
 import train
@@ -35,6 +36,7 @@ from edm2 import checkpoint, data, diffusion, distributed, evaluation, features,
 from edm2 import linear_probe as probe
 from edm2.config import FREE, Count, Index, load_config, parse_yaml, to_number
 from edm2.errors import UserError, command
+from edm2.evaluation import LEVELS
 from edm2.machine import cores
 from edm2.posthoc_ema import load_denoiser
 
@@ -78,12 +80,17 @@ def main():
         help="print the FD of as many real test images, too, for the first config")
     add("--save_dir", default="runs/sweep")
     add("--out", type=Path, metavar="JSONL", help="scores (default: scores.jsonl in save_dir)")
+    add("--img_per_s", type=lambda text: [float(word) for word in text.split(",")],
+        help="speeds of the variants for the scores at equal time, as benchmarks/train_step.py "
+             "measures them in turns (default: of the fastest seed, whatever else ran beside it)")
     add("--jobs", type=count, default=cores(), help="runs at a time")
     add("--amp_dtype", choices=["float16", "bfloat16"])
     args = p.parse_args()
     args.out = args.out or Path(args.save_dir) / "scores.jsonl"
     args.out.parent.mkdir(parents=True, exist_ok=True)
     chosen = variants(args)
+    if args.img_per_s and (len(args.img_per_s) != len(chosen) or min(args.img_per_s) <= 0):
+        raise UserError(f"--img_per_s needs a speed of each: {', '.join(v.name for v in chosen)}")
     found = score_all([(variant, seed) for seed in range(args.seeds) for variant in chosen], args)
     print(f"`{shlex.join(['python', *sys.argv])}`\n")
     by_variant = {v.name: lines for v in chosen if (lines := [
@@ -92,7 +99,10 @@ def main():
         raise UserError(f"no run came to its end: see output.txt in the folders of {args.save_dir}")
     print(*sorted({line["machine"] for lines in by_variant.values() for line in lines}), sep="\n")
     print("", table(by_variant), table(by_variant, "heldout_loss/"), curves(by_variant, "heldout"),
-          curves(by_variant, "training"), at_equal_time(by_variant), sep="\n\n")
+          curves(by_variant, "training"),
+          at_equal_time(by_variant, {v.name: speed for v, speed in
+                                     zip(chosen, args.img_per_s or [], strict=False)}),
+          sep="\n\n")
     if args.floor:
         print(f"\n{floor(chosen[0].config(0, args)[0], args)}")
 
@@ -296,10 +306,9 @@ def table(by_variant, metrics=None):
             if not (runs := [line for line in lines if line["Mimg"] == mark]):
                 continue
             cells = {"variant": variant, "seeds": str(len(runs)), "Mimg": f"{mark:.3g}"}
-            cells |= {key.removeprefix(metrics or ""):
-                      mean_and_deviation([run["scores"][key] for run in runs])
-                      for key in runs[0]["scores"]
-                      if (key.startswith(metrics) if metrics else "/" not in key)}
+            scores = [{key.removeprefix(metrics): value for key, value in run["scores"].items()
+                       if key.startswith(metrics)} if metrics else main_scores(run) for run in runs]
+            cells |= {key: mean_and_deviation([one[key] for one in scores]) for key in scores[0]}
             if not metrics:
                 ranges = [run["activations"] for run in runs if run["activations"]]
                 cells["activations in the whole run (RMS)"] = ranges and (
@@ -307,6 +316,14 @@ def table(by_variant, metrics=None):
                 cells["img/s"] = mean_and_deviation([run["img_per_s"] for run in runs])
             rows.append(cells)
     return markdown(rows)
+
+def main_scores(line):
+    """The scores but for those of single levels; of these the mean of the middle ones, too."""
+    losses = [line["scores"].get(f"heldout_loss/{level:.3g}") for level in LEVELS]
+    first, *_, last = LEVELS[MIDDLE]
+    found = {key: value for key, value in line["scores"].items() if "/" not in key}
+    return {"heldout_loss": found["heldout_loss"], f"of {first:.2g} to {last:.2g}": middle(losses),
+            **found}
 
 def curves(by_variant, name):
     """Held-out losses, or unweighted training losses since the record before (of the same images
@@ -318,17 +335,17 @@ def curves(by_variant, name):
         f"{mark:.3g} Mimg": mean_and_deviation([one[mark] for one in runs])
         for mark in sorted(common)} for variant, runs in runs_of.items()])
 
-def at_equal_time(by_variant):
+def at_equal_time(by_variant, speeds):
     """The scores when the fastest had been trained to the last mark that all have: the others'
-    between two of their marks, linear in log(Mimg). Speeds are of the fastest seed: what else ran
-    on the machine has only slowed the others down."""
+    between two of their marks, linear in log(Mimg). Speeds, {variant: img/s}; where there are none,
+    of the fastest seed: what else ran on the machine has only slowed the others down."""
     every = list(itertools.chain(*by_variant.values()))
     marks = sorted(set.intersection(*({line["Mimg"] for line in lines}
                                       for lines in by_variant.values())))
     if len(marks) < 2 or len({line["machine"].rpartition(", ")[0] for line in every}) > 1:
         return "(At equal time: needs two marks that all have, on one machine.)"
-    speeds = {variant: max(line["img_per_s"] for line in lines)
-              for variant, lines in by_variant.items()}
+    speeds = speeds or {variant: max(line["img_per_s"] for line in lines)
+                        for variant, lines in by_variant.items()}
     rows = []
     for variant, lines in by_variant.items():
         reached = marks[-1] * (speeds[variant] / max(speeds.values()))
@@ -338,8 +355,8 @@ def at_equal_time(by_variant):
             continue
         before, after = next(pair for pair in itertools.pairwise(marks) if reached <= pair[1])
         share = math.log(reached / before) / math.log(after / before)
-        for key in (key for key in lines[0]["scores"] if "/" not in key):
-            first, last = ({line["seed"]: line["scores"][key] for line in lines
+        for key in main_scores(lines[0]):
+            first, last = ({line["seed"]: main_scores(line)[key] for line in lines
                             if line["Mimg"] == mark} for mark in (before, after))
             cells[key] = mean_and_deviation([(1 - share) * value + share * last[seed]
                                              for seed, value in first.items()])

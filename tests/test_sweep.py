@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, metrics, refused, run, succeed, tiny_config, weights
 from edm2.errors import UserError
+from edm2.evaluation import LEVELS
 
 @pytest.fixture
 def sweep(monkeypatch):
@@ -56,20 +57,24 @@ def test_tables(sweep):
     def lines(speed, losses, **more):
         return [{"seed": seed, "Mimg": mark, "img_per_s": speed, "activations": None,
                  "machine": "CPU, 2026-01-01", "heldout": [[0.1, None]],
-                 "scores": {"heldout_loss": loss + seed / 10, "heldout_loss/20": 1.0, **more}}
+                 "scores": {"heldout_loss": loss + seed / 10, **levels, **more}}
                 for seed in (0, 1) for mark, loss in zip((0.1, 0.4), losses, strict=True)]
 
+    levels = {f"heldout_loss/{level:.3g}": 0.5 if 0.1 < level < 3 else 1.0 for level in LEVELS}
     found = {"a": lines(100, (4, 3), FD=5.0), "b": lines(50, (4, 2)), "c": lines(20, (4, 2))}
     rows = [row.strip("| ").split(" | ") for row in sweep.table(found).splitlines()]
-    assert rows[0][:5] == ["variant", "seeds", "Mimg", "heldout_loss", "FD"]
-    assert rows[2][:5] == ["a", "2", "0.1", "4.05 ± 0.071", "5 ± 0"]
-    assert rows[6][:5] == ["b", "2", "0.4", "2.05 ± 0.071", "-"]
+    assert rows[0][:6] == ["variant", "seeds", "Mimg", "heldout_loss", "of 0.14 to 2.8", "FD"]
+    assert rows[2][:6] == ["a", "2", "0.1", "4.05 ± 0.071", "0.5 ± 0", "5 ± 0"]
+    assert rows[6][:6] == ["b", "2", "0.4", "2.05 ± 0.071", "0.5 ± 0", "-"]
     assert "| nan |" in sweep.curves(found, "heldout")
-    rows = [row.strip("| ").split(" | ") for row in sweep.at_equal_time(found).splitlines()[2:]]
-    assert rows == [["a", "0.4", "3.05 ± 0.071", "5 ± 0"], ["b", "0.2", "3.05 ± 0.071", "-"],
-                    ["c", "0.08", "-", "-"]]
+    for speeds in {}, {"a": 10, "b": 5, "c": 2}:
+        rows = [row.strip("| ").split(" | ")
+                for row in sweep.at_equal_time(found, speeds).splitlines()[2:]]
+        assert rows == [["a", "0.4", "3.05 ± 0.071", "0.5 ± 0", "5 ± 0"],
+                        ["b", "0.2", "3.05 ± 0.071", "0.5 ± 0", "-"], ["c", "0.08", "-", "-", "-"]]
+    assert "| a | 0.2 |" in sweep.at_equal_time(found, {"a": 1, "b": 2, "c": 2})
     found["b"][0]["machine"] = "another, 2026-01-01"
-    assert "on one machine" in sweep.at_equal_time(found)
+    assert "on one machine" in sweep.at_equal_time(found, {})
 
 @pytest.mark.slow
 def test_a_sweep_and_what_is_expected(sweep, tmp_path, monkeypatch):
