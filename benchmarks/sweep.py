@@ -344,8 +344,8 @@ def at_equal_time(by_variant, speeds):
                                       for lines in by_variant.values())))
     if len(marks) < 2 or len({line["machine"].rpartition(", ")[0] for line in every}) > 1:
         return "(At equal time: needs two marks that all have, on one machine.)"
-    speeds = speeds or {variant: max(line["img_per_s"] for line in lines)
-                        for variant, lines in by_variant.items()}
+    speeds = {variant: speeds.get(variant) or max(line["img_per_s"] for line in lines)
+              for variant, lines in by_variant.items()}
     rows = []
     for variant, lines in by_variant.items():
         reached = marks[-1] * (speeds[variant] / max(speeds.values()))
