@@ -98,11 +98,9 @@ def main():
     if not by_variant:
         raise UserError(f"no run came to its end: see output.txt in the folders of {args.save_dir}")
     print(*sorted({line["machine"] for lines in by_variant.values() for line in lines}), sep="\n")
+    speeds = dict(zip((v.name for v in chosen), args.img_per_s or [], strict=False))
     print("", table(by_variant), table(by_variant, "heldout_loss/"), curves(by_variant, "heldout"),
-          curves(by_variant, "training"),
-          at_equal_time(by_variant, {v.name: speed for v, speed in
-                                     zip(chosen, args.img_per_s or [], strict=False)}),
-          sep="\n\n")
+          curves(by_variant, "training"), at_equal_time(by_variant, speeds), sep="\n\n")
     if args.floor:
         print(f"\n{floor(chosen[0].config(0, args)[0], args)}")
 
@@ -319,11 +317,10 @@ def table(by_variant, metrics=None):
 
 def main_scores(line):
     """The scores but for those of single levels; of these the mean of the middle ones, too."""
-    losses = [line["scores"].get(f"heldout_loss/{level:.3g}") for level in LEVELS]
-    first, *_, last = LEVELS[MIDDLE]
-    found = {key: value for key, value in line["scores"].items() if "/" not in key}
-    return {"heldout_loss": found["heldout_loss"], f"of {first:.2g} to {last:.2g}": middle(losses),
-            **found}
+    scores, (first, *_, last) = line["scores"], LEVELS[MIDDLE]
+    losses = [scores[f"heldout_loss/{level:.3g}"] for level in LEVELS]
+    return {"heldout_loss": None, f"of {first:.2g} to {last:.2g}": middle(losses)} | {
+        key: value for key, value in scores.items() if "/" not in key}
 
 def curves(by_variant, name):
     """Held-out losses, or unweighted training losses since the record before (of the same images
