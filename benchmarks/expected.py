@@ -28,6 +28,7 @@ from edm2.evaluation import LEVELS
 PATH = ROOT / "docs" / "expected.jsonl"
 CHANCE = 0.01           # That a right run is outside of the band at a mark.
 MIDDLE = slice(2, 6)    # Of LEVELS: sigma 0.144, 0.386, 1.04, 2.78.
+PARTS = {"0.02 and 0.054": slice(0, 2), "0.14 to 2.8": MIDDLE}
 
 def main():
     """Check a run, add a line, or draw all."""
@@ -67,10 +68,10 @@ def read(run):
         raise UserError(f"{run} has no held-out loss: train with eval_every")
     return about, losses
 
-def middle(losses):
-    """The mean of the losses of the middle levels. Those of little and of much noise differ ten
-    times as much from seed to seed."""
-    return statistics.mean(math.nan if loss is None else loss for loss in losses[MIDDLE])
+def middle(losses, levels=MIDDLE):
+    """The mean of the losses of the middle levels, or of others: those of little and of much noise
+    differ ten times as much from seed to seed."""
+    return statistics.mean(math.nan if loss is None else loss for loss in losses[levels])
 
 def described(name, shell="", *runs):
     """A line of expected.jsonl."""
@@ -83,10 +84,10 @@ def described(name, shell="", *runs):
     return {"name": name, "command": shell, "machine": machine(), "about": about,
             "heldout_loss": {mark: [losses[mark] for _, losses in found] for mark in marks}}
 
-def bands(known):
+def bands(known, levels=MIDDLE):
     """{name: {"0.05": (mean, half of the band)}}: Student's prediction interval of one run more.
     The standard deviation, relative to the mean, is that of all configs with the mark."""
-    losses = {line["name"]: {mark: list(map(middle, of_seeds))
+    losses = {line["name"]: {mark: [middle(loss, levels) for loss in of_seeds]
                              for mark, of_seeds in line["heldout_loss"].items()} for line in known}
 
     def band(mark, own):
@@ -112,19 +113,20 @@ def check(known, about, losses, run):
     if different := differences(nearest):
         raise UserError(f"{run} is of no config that {PATH.name} knows; the nearest, "
                         f"{nearest['name']}, differs in {'; '.join(different)}")
-    band = bands(known)[nearest["name"]]
-    seen = {mark: middle(losses[mark]) for mark in band if mark in losses}
-    if not seen:
-        raise UserError(f"{run} was not evaluated at {', '.join(band)} Mimg, which are known of "
-                        f"{nearest['name']}")
-    inside = 0
-    for mark, loss in seen.items():
-        mean, half = band[mark]
-        inside += (right := abs(loss - mean) <= half)
-        print(f"{float(mark):.3g} Mimg: held-out loss, sigma 0.14 to 2.8: {loss:.4f}, expected "
-              f"{mean:.4f} ± {half:.4f}: {'inside' if right else 'OUTSIDE'}")
-    print(f"{run}, {nearest['name']}: {inside} of {len(seen)} marks inside")
-    return inside == len(seen)
+    marks = [mark for mark in nearest["heldout_loss"] if mark in losses]
+    if not marks:
+        raise UserError(f"{run} was not evaluated at {', '.join(nearest['heldout_loss'])} Mimg, "
+                        f"which are known of {nearest['name']}")
+    found = []
+    for name, levels in PARTS.items():
+        band = bands(known, levels)[nearest["name"]]
+        for mark in marks:
+            loss, (mean, half) = middle(losses[mark], levels), band[mark]
+            found.append(abs(loss - mean) <= half)
+            print(f"{float(mark):.3g} Mimg: held-out loss, sigma {name}: {loss:.4f}, expected "
+                  f"{mean:.4f} ± {half:.4f}: {'inside' if found[-1] else 'OUTSIDE'}")
+    print(f"{run}, {nearest['name']}: {sum(found)} of {len(found)} losses inside")
+    return all(found)
 
 def draw(known, path):
     """Draw the means and bands, a panel per data set and size."""

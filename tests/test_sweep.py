@@ -120,7 +120,7 @@ def test_a_sweep_and_what_is_expected(sweep, tmp_path, monkeypatch):
             words=["differ in more than their seeds"])
     succeed("expected.py", "--add", "tiny, C", "python", *runs, "--draw", tmp_path / "x.png")
     assert (tmp_path / "x.png").stat().st_size > 5000
-    assert "3 of 3 marks inside" in succeed("expected.py", "--run", other)
+    assert "6 of 6 losses inside" in succeed("expected.py", "--run", other)
     refused("expected.py", "--run", f"{slow}/0", words=["tiny, C", "lrate (0.001 there, 1e-05"])
     refused("expected.py", "--run", "", words=["say the save_dir"])
     refused("expected.py", "--add", "tiny, C", "python", other, words=["two runs or more"])
@@ -130,8 +130,8 @@ def test_a_sweep_and_what_is_expected(sweep, tmp_path, monkeypatch):
                                       for losses in line["heldout_loss"]["0.0042"]]
     expected.PATH.write_text(json.dumps(line) + "\n")
     done = run("expected.py", "--run", other)
-    assert done.returncode == 1 and "2 of 3 marks inside" in done.stdout
-    assert done.stdout.splitlines()[2].endswith("OUTSIDE")
+    assert done.returncode == 1 and "4 of 6 losses inside" in done.stdout
+    assert all(done.stdout.splitlines()[i].endswith("OUTSIDE") for i in (2, 5))
 
 def test_a_band_holds_as_many_as_it_says(sweep):
     """Of runs with normal losses one of a hundred is outside, whatever the configs' own means."""
