@@ -38,6 +38,8 @@ def main():
     p.add_argument("--add", nargs="+", metavar=("NAME", "COMMAND"), help="then the runs' folders")
     p.add_argument("--draw", metavar="PNG")
     args = p.parse_args()
+    if args.run is None and not args.add and not args.draw:
+        raise UserError("say --run, --add or --draw")
     known = [json.loads(line) for line in PATH.read_text().splitlines()] if PATH.exists() else []
     if args.add:
         name, *how = args.add
@@ -49,24 +51,28 @@ def main():
         sys.exit(1)
 
 def read(run):
-    """What of a run decides its losses, {key: value}, and these, {Mimg: [of each of LEVELS]}; None
+    """A run's config and SHA-256 of the images, and its losses, {Mimg: [of each of LEVELS]}; None
     is NaN. Raises UserError where the folder has no checkpoint or no evaluation."""
     path = run and checkpoint.newest(SimpleNamespace(save_dir=run))
     if not path:
         raise UserError(f"{run!r} holds no run: say the save_dir of one that train.py has saved")
-    state = checkpoint.load(path, ("config", "images_sha256"))
-    config = Config.model_validate(state["config"])
-    about = {"images_sha256": state["images_sha256"], "eval.images": config.eval.images}
-    for key, value in config.model_dump().items():
-        if key not in FREE | {"seed", "posthoc_ema"}:
-            about |= ({f"{key}.{name}": one for name, one in value.items()}
-                      if isinstance(value, dict) else {key: value})
+    state = checkpoint.load(path, about := ("config", "images_sha256"))
     lines = (Path(run) / "metrics.jsonl").read_text().splitlines()
     losses = {str(row["Mimg"]): [row[f"heldout_loss/{level:.3g}"] for level in LEVELS]
               for row in map(json.loads, lines) if "heldout_loss" in row}
     if not losses:
         raise UserError(f"{run} has no held-out loss: train with eval_every")
-    return about, losses
+    return {key: state[key] for key in about}, losses
+
+def decisive(about):
+    """What of a run decides its losses, {key: value}. A key that is newer has its default."""
+    config = Config.model_validate(about["config"])
+    found = {"images_sha256": about["images_sha256"], "eval.images": config.eval.images}
+    for key, value in config.model_dump().items():
+        if key not in FREE | {"seed", "posthoc_ema"}:
+            found |= ({f"{key}.{name}": one for name, one in value.items()}
+                      if isinstance(value, dict) else {key: value})
+    return found
 
 def middle(losses, levels=MIDDLE):
     """The mean of the losses of the middle levels, or of others: those of little and of much noise
@@ -78,34 +84,42 @@ def described(name, shell="", *runs):
     if len(found := [read(run) for run in runs]) < 2:
         raise UserError("--add NAME COMMAND: then two runs or more, of different seeds")
     about = found[0][0]
-    if any(other != about for other, _ in found):
+    if any(decisive(other) != decisive(about) for other, _ in found):
         raise UserError(f"{', '.join(runs)} differ in more than their seeds")
+    if len({str(losses) for _, losses in found}) < len(found):
+        raise UserError(f"{', '.join(runs)}: one of them is there twice")
     marks = sorted(set.intersection(*(set(losses) for _, losses in found)), key=float)
-    return {"name": name, "command": shell, "machine": machine(), "about": about,
+    return {"name": name, "command": shell, "machine": machine(), **about,
             "heldout_loss": {mark: [losses[mark] for _, losses in found] for mark in marks}}
 
 def bands(known, levels=MIDDLE):
     """{name: {"0.05": (mean, half of the band)}}: Student's prediction interval of one run more.
-    The standard deviation, relative to the mean, is that of all configs with the mark."""
+    The standard deviation, relative to the mean, is that of all configs of the data set; beyond the
+    last mark that all of them have, the one there, for it falls in training."""
     losses = {line["name"]: {mark: [middle(loss, levels) for loss in of_seeds]
                              for mark, of_seeds in line["heldout_loss"].items()} for line in known}
 
-    def band(mark, own):
-        others = [one[mark] for one in losses.values() if mark in one]
+    def band(name, mark, own):
+        data_set = [one for other, one in losses.items()
+                    if other.rpartition(", ")[0] == name.rpartition(", ")[0]]
+        _, _, shared = max((sum(before in one for one in data_set), float(before), before)
+                           for before in losses[name] if float(before) <= float(mark))
+        others = [one[shared] for one in data_set if shared in one]
         freedom = sum(len(one) - 1 for one in others)
         squares = sum((loss / statistics.mean(one) - 1) ** 2 for one in others for loss in one)
         half = t.ppf(1 - CHANCE / 2, freedom) * math.sqrt(squares / freedom * (1 + 1 / len(own)))
         return statistics.mean(own), statistics.mean(own) * half
 
-    return {name: {mark: band(mark, own) for mark, own in one.items()}
+    return {name: {mark: band(name, mark, own) for mark, own in one.items()}
             for name, one in losses.items()}
 
 def check(known, about, losses, run):
     """Print, mark by mark, whether a run's losses are inside of the band; return whether all are.
     Raises UserError where its config is not among those that are known."""
     def differences(line):
-        return [f"{key} ({line['about'].get(key)} there, {about.get(key)} here)"
-                for key in line["about"] | about if line["about"].get(key) != about.get(key)]
+        there, here = decisive(line), decisive(about)
+        return [f"{key} ({there.get(key)} there, {here.get(key)} here)"
+                for key in there | here if there.get(key) != here.get(key)]
 
     if not known:
         raise UserError(f"{PATH} is missing, or empty")
@@ -129,11 +143,12 @@ def check(known, about, losses, run):
     return all(found)
 
 def draw(known, path):
-    """Draw the means and bands, a panel per data set and size."""
+    """Draw the means and bands over the marks, a panel per data set and size."""
     from matplotlib.figure import Figure
     panels = {}
     for line in known:
-        panels.setdefault(line["name"].rpartition(", ")[0], []).append(line)
+        if len(line["heldout_loss"]) > 1:
+            panels.setdefault(line["name"].rpartition(", ")[0], []).append(line)
     figure = Figure(figsize=(5 * len(panels), 3.6), layout="constrained", dpi=150)
     grid = figure.subplots(1, len(panels), squeeze=False)[0]
     for axes, (title, lines) in zip(grid, panels.items(), strict=True):
@@ -141,7 +156,8 @@ def draw(known, path):
             marks, values = zip(*bands(known)[line["name"]].items(), strict=True)
             marks = list(map(float, marks))
             low, high = ([mean + sign * half for mean, half in values] for sign in (-1, 1))
-            axes.plot(marks, [mean for mean, _ in values], ".-", label=line["name"][-1])
+            label = line["name"].rpartition(", ")[2]
+            axes.plot(marks, [mean for mean, _ in values], ".-", label=label)
             axes.fill_between(marks, low, high, alpha=0.25)
         axes.set(title=title, xlabel="Mimg", xscale="log",
                  ylabel="held-out loss, sigma 0.14 to 2.8")

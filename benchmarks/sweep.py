@@ -229,16 +229,16 @@ def score(variant, seed, args):
         train.main()
         scorer = Scorer(config, args)
         found = {n: scorer.measure(n) for n in args.epochs or [config.n_epoch]}
-    of_run = {"config": config.model_dump()} | figures(folder)
-    return [about(variant, seed, n, args) | {"Mimg": scorer.mimg(n), "scores": scores} | of_run
+    return [about(variant, seed, n, args) | {"Mimg": scorer.mimg(n), "scores": scores,
+            "config": config.model_dump()} | figures(folder, scorer.mimg(n))
             for n, scores in found.items()]
 
-def figures(folder):
-    """What of a run's metrics.jsonl and dynamics.jsonl goes into each of its lines."""
+def figures(folder, mimg):
+    """What of a run's metrics.jsonl and dynamics.jsonl goes into its line of a mark."""
     dynamics, metrics = ([json.loads(line) for line in path.read_text().splitlines()]
                          if (path := folder / f"{name}.jsonl").exists() else []
                          for name in ("dynamics", "metrics"))
-    values = [value if value is not None else math.inf for row in dynamics
+    values = [value if value is not None else math.inf for row in dynamics if row["Mimg"] <= mimg
               for blocks in row["activation"].values() for value in blocks.values()]
     curve = {name: [[row["Mimg"], row[key]] for row in metrics if key in row] for name, key in (
         ("training", "loss_unweighted"), ("heldout", "heldout_loss"))}
@@ -309,7 +309,7 @@ def table(by_variant, metrics=None):
             cells |= {key: mean_and_deviation([one[key] for one in scores]) for key in scores[0]}
             if not metrics:
                 ranges = [run["activations"] for run in runs if run["activations"]]
-                cells["activations in the whole run (RMS)"] = ranges and (
+                cells["activations until then (RMS)"] = ranges and (
                     f"{min(low for low, _ in ranges):.2f} to {max(high for _, high in ranges):.3g}")
                 cells["img/s"] = mean_and_deviation([run["img_per_s"] for run in runs])
             rows.append(cells)
@@ -346,7 +346,8 @@ def at_equal_time(by_variant, speeds):
     rows = []
     for variant, lines in by_variant.items():
         reached = marks[-1] * (speeds[variant] / max(speeds.values()))
-        cells = {"at equal time": variant, "Mimg": f"{reached:.3g}"}
+        cells = {"at equal time": variant, "seeds": str(len({line["seed"] for line in lines})),
+                 "Mimg": f"{reached:.3g}"}
         rows.append(cells)
         if reached < marks[0]:              # It would be extrapolated.
             continue

@@ -124,6 +124,7 @@ def test_a_sweep_and_what_is_expected(sweep, tmp_path, monkeypatch):
     refused("expected.py", "--run", f"{slow}/0", words=["tiny, C", "lrate (0.001 there, 1e-05"])
     refused("expected.py", "--run", "", words=["say the save_dir"])
     refused("expected.py", "--add", "tiny, C", "python", other, words=["two runs or more"])
+    refused("expected.py", "--add", "tiny, C", "python", other, other, words=["there twice"])
     line = json.loads(expected.PATH.read_text())
     assert list(line["heldout_loss"]) == ["0.0014", "0.0028", "0.0042"]
     line["heldout_loss"]["0.0042"] = [[loss / 2 for loss in losses]
