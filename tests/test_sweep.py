@@ -70,9 +70,10 @@ def test_tables(sweep):
     for speeds in {}, {"a": 10, "b": 5, "c": 2}:
         rows = [row.strip("| ").split(" | ")
                 for row in sweep.at_equal_time(found, speeds).splitlines()[2:]]
-        assert rows == [["a", "0.4", "3.05 ± 0.071", "0.5 ± 0", "5 ± 0"],
-                        ["b", "0.2", "3.05 ± 0.071", "0.5 ± 0", "-"], ["c", "0.08", "-", "-", "-"]]
-    assert "| a | 0.2 |" in sweep.at_equal_time(found, {"a": 1, "b": 2, "c": 2})
+        assert rows == [["a", "2", "0.4", "3.05 ± 0.071", "0.5 ± 0", "5 ± 0"],
+                        ["b", "2", "0.2", "3.05 ± 0.071", "0.5 ± 0", "-"],
+                        ["c", "2", "0.08", "-", "-", "-"]]
+    assert "| a | 2 | 0.2 |" in sweep.at_equal_time(found, {"a": 1, "b": 2, "c": 2})
     found["b"][0]["machine"] = "another, 2026-01-01"
     assert "on one machine" in sweep.at_equal_time(found, {})
 
