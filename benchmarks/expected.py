@@ -145,6 +145,7 @@ def check(known, about, losses, run):
 def draw(known, path):
     """Draw the means and bands over the marks, a panel per data set and size."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
     panels = {}
     for line in known:
         if len(line["heldout_loss"]) > 1:
@@ -161,6 +162,9 @@ def draw(known, path):
             axes.fill_between(marks, low, high, alpha=0.25)
         axes.set(title=title, xlabel="Mimg", xscale="log",
                  ylabel="held-out loss, sigma 0.14 to 2.8")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter("")
         axes.grid(alpha=0.3, which="both")
         axes.legend()
     figure.savefig(path)
