@@ -56,13 +56,13 @@ def read(run):
     path = run and checkpoint.newest(SimpleNamespace(save_dir=run))
     if not path:
         raise UserError(f"{run!r} holds no run: say the save_dir of one that train.py has saved")
-    state = checkpoint.load(path, about := ("config", "images_sha256"))
+    state = checkpoint.load(path, keys := ("config", "images_sha256"))
     lines = (Path(run) / "metrics.jsonl").read_text().splitlines()
     losses = {str(row["Mimg"]): [row[f"heldout_loss/{level:.3g}"] for level in LEVELS]
               for row in map(json.loads, lines) if "heldout_loss" in row}
     if not losses:
         raise UserError(f"{run} has no held-out loss: train with eval_every")
-    return {key: state[key] for key in about}, losses
+    return {key: state[key] for key in keys}, losses
 
 def decisive(about):
     """What of a run decides its losses, {key: value}. A key that is newer has its default."""
@@ -74,9 +74,8 @@ def decisive(about):
                       if isinstance(value, dict) else {key: value})
     return found
 
-def middle(losses, levels=MIDDLE):
-    """The mean of the losses of the middle levels, or of others: those of little and of much noise
-    differ ten times as much from seed to seed."""
+def mean_loss(losses, levels=MIDDLE):
+    """The mean of the losses of some levels. The middle ones differ least from seed to seed."""
     return statistics.mean(math.nan if loss is None else loss for loss in losses[levels])
 
 def described(name, shell="", *runs):
@@ -96,10 +95,11 @@ def bands(known, levels=MIDDLE):
     """{name: {"0.05": (mean, half of the band)}}: Student's prediction interval of one run more.
     The standard deviation, relative to the mean, is that of all configs of the data set; beyond the
     last mark that all of them have, the one there, for it falls in training."""
-    losses = {line["name"]: {mark: [middle(loss, levels) for loss in of_seeds]
+    losses = {line["name"]: {mark: [mean_loss(loss, levels) for loss in of_seeds]
                              for mark, of_seeds in line["heldout_loss"].items()} for line in known}
 
     def band(name, mark, own):
+        """Of a config, at a mark, where its losses are own."""
         data_set = [one for other, one in losses.items()
                     if other.rpartition(", ")[0] == name.rpartition(", ")[0]]
         _, _, shared = max((sum(before in one for one in data_set), float(before), before)
@@ -116,8 +116,11 @@ def bands(known, levels=MIDDLE):
 def check(known, about, losses, run):
     """Print, mark by mark, whether a run's losses are inside of the band; return whether all are.
     Raises UserError where its config is not among those that are known."""
+    here = decisive(about)
+
     def differences(line):
-        there, here = decisive(line), decisive(about)
+        """Such as "lrate (0.04 there, 0.02 here)"."""
+        there = decisive(line)
         return [f"{key} ({there.get(key)} there, {here.get(key)} here)"
                 for key in there | here if there.get(key) != here.get(key)]
 
@@ -135,7 +138,7 @@ def check(known, about, losses, run):
     for name, levels in PARTS.items():
         band = bands(known, levels)[nearest["name"]]
         for mark in marks:
-            loss, (mean, half) = middle(losses[mark], levels), band[mark]
+            loss, (mean, half) = mean_loss(losses[mark], levels), band[mark]
             found.append(abs(loss - mean) <= half)
             print(f"{float(mark):.3g} Mimg: held-out loss, sigma {name}: {loss:.4f}, expected "
                   f"{mean:.4f} ± {half:.4f}: {'inside' if found[-1] else 'OUTSIDE'}")

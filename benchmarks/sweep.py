@@ -28,7 +28,7 @@ from pathlib import Path
 from unittest import mock
 import judge
 import torch
-from expected import MIDDLE, middle
+from expected import MIDDLE, mean_loss
 from sides import machine
 import blockC
 import train
@@ -229,9 +229,8 @@ def score(variant, seed, args):
         train.main()
         scorer = Scorer(config, args)
         found = {n: scorer.measure(n) for n in args.epochs or [config.n_epoch]}
-    return [about(variant, seed, n, args) | {"Mimg": scorer.mimg(n), "scores": scores,
-            "config": config.model_dump()} | figures(folder, scorer.mimg(n))
-            for n, scores in found.items()]
+    return [about(variant, seed, n, args) | {"scores": scores, "config": config.model_dump()}
+            | figures(folder, scorer.mimg(n)) for n, scores in found.items()]
 
 def figures(folder, mimg):
     """What of a run's metrics.jsonl and dynamics.jsonl goes into its line of a mark."""
@@ -242,7 +241,8 @@ def figures(folder, mimg):
               for blocks in row["activation"].values() for value in blocks.values()]
     curve = {name: [[row["Mimg"], row[key]] for row in metrics if key in row] for name, key in (
         ("training", "loss_unweighted"), ("heldout", "heldout_loss"))}
-    return {"activations": [min(values), max(values)] if values else None, "machine": machine(),
+    return {"Mimg": mimg, "machine": machine(),
+            "activations": [min(values), max(values)] if values else None,
             "img_per_s": statistics.median(row["img_per_s"] for row in metrics
                                            if "img_per_s" in row),
             **{name: [rows[2 ** k - 1] for k in range(len(rows).bit_length())]
@@ -319,7 +319,7 @@ def main_scores(line):
     """The scores but for those of single levels; of these the mean of the middle ones, too."""
     scores, (first, *_, last) = line["scores"], LEVELS[MIDDLE]
     losses = [scores[f"heldout_loss/{level:.3g}"] for level in LEVELS]
-    return {"heldout_loss": None, f"of {first:.2g} to {last:.2g}": middle(losses)} | {
+    return {"heldout_loss": None, f"of {first:.2g} to {last:.2g}": mean_loss(losses)} | {
         key: value for key, value in scores.items() if "/" not in key}
 
 def curves(by_variant, name):
